@@ -1,0 +1,270 @@
+# Stagecraft: the pipeline as files. A stage runs when something it was made from is newer than what it left.
+#
+#   outputs-base/R/DONE -> outputs-pt/R/TRAINED -> outputs-pt/R/DONE -> outputs-sft/R/TRAINED -> ...
+#                                                                                    -> outputs-eval/R/DONE
+#
+# TRAINED is written last by a stage's training, DONE last of all by its merge: model/ is complete. A stage's
+# TRAINED also depends on its YAML and on its data; a stage left out of STAGES drops out of the chain.
+
+MAKEFLAGS += --no-builtin-rules
+.SUFFIXES:
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# One stage at a time even under -j: reward model and DPO could run side by side, but they would share the same
+# cores or cards, and two runs that fit alone run out of memory together.
+.NOTPARALLEL:
+
+# ---- Variables: a line "## NAME text" is the help of the assignment below it -----------------------------------
+
+## RECIPE the model and its settings: a folder in recipes/
+RECIPE ?= tiny
+ALL_STAGES := pt sft rm dpo
+MERGES := $(ALL_STAGES:%=merge-%)
+CLEANS := $(patsubst %,clean-%,base $(ALL_STAGES) eval)
+TARGETS := help setup data base $(ALL_STAGES) $(MERGES) eval all chat serve status tensorboard test lint \
+  clean $(CLEANS)
+.PHONY: FORCE $(TARGETS)
+GOALS := $(or $(MAKECMDGOALS),help)
+RECIPES := $(sort $(patsubst recipes/%/recipe.mk,%,$(wildcard recipes/*/recipe.mk)))
+COMMA := ,
+EMPTY :=
+listed = $(subst $(EMPTY) ,$(COMMA) ,$(strip $1))
+# "; did you mean X?" where one of the words in $2 is like $1.
+nearest = $(addprefix ; did you mean ,$(addsuffix ?,$(shell python3 -c 'import difflib, sys; \
+  print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1))' '$1' $2 2>/dev/null)))
+
+# Make itself would see a word it doesn't know only after the hours of the targets named before it.
+PATHS := $(foreach goal,$(GOALS),$(if $(findstring /,$(goal)),$(goal)))
+UNKNOWN := $(firstword $(filter-out $(TARGETS) $(PATHS) print-%,$(GOALS)))
+ifneq ($(UNKNOWN),)
+  $(error no target is called $(UNKNOWN) (`make` lists them)$(call nearest,$(UNKNOWN),$(TARGETS)))
+endif
+
+# Membership, not the file's existence: RECIPE=../x would otherwise lead clean-sft out of outputs-sft/.
+ifneq ($(filter-out 0 1,$(words $(RECIPE))),)
+  $(error RECIPE="$(RECIPE)" is more than one word; a recipe is one of: $(call listed,$(RECIPES)))
+else ifneq ($(filter $(RECIPE),$(RECIPES)),)
+  include recipes/$(RECIPE)/recipe.mk
+else ifneq ($(filter-out help setup test lint,$(GOALS)),)
+  $(error RECIPE="$(RECIPE)" is not in recipes/ (there: $(call listed,$(RECIPES)))$(call nearest,$(RECIPE),$(RECIPES)))
+endif
+
+## STAGES which stages the recipe's chain has, of pt sft rm dpo
+STAGES ?= $(ALL_STAGES)
+STRANGE := $(filter-out $(ALL_STAGES),$(STAGES))
+ifneq ($(STRANGE),)
+  $(error STAGES="$(STAGES)": no stage is called $(call listed,$(STRANGE)); there are $(call listed,$(ALL_STAGES)))
+endif
+
+## GPUS CUDA devices, e.g. 0,1, a process each (empty: all)
+GPUS ?=
+# Only from the command line: ARGS force a stage to run again, which a forgotten environment variable must not do.
+## ARGS flags for the stages named on the command line, which then run again
+ARGS :=
+## NPROC processes, when not one a device
+NPROC ?=
+## NNODES machines that train together
+NNODES ?= 1
+## NODE_RANK which of them this is, from 0
+NODE_RANK ?= 0
+## MASTER_ADDR the first machine's address (NNODES > 1)
+MASTER_ADDR ?=
+## MASTER_PORT the first machine's port (NNODES > 1)
+MASTER_PORT ?= 29500
+## DEEPSPEED a file in ds_configs/ without .json, e.g. zero2
+DEEPSPEED ?=
+# Shells keep the path of a start-up file in ENV, and conda a platform's name in HOST: neither is meant for us, so
+# ENV counts from outside only when it is one of our words, and HOST only on the command line.
+## ENV cpu or gpu packages for make setup (empty: what the machine has)
+ENV := $(filter cpu gpu,$(ENV))
+## HOST address make serve listens on; other than loopback needs API_KEY
+HOST := 127.0.0.1
+## PORT port to listen on (empty: 8000 for serve, 6006 for tensorboard)
+PORT ?=
+## MODEL folder for chat and serve (empty: the newest finished model)
+MODEL ?=
+## PYTHON an interpreter with the packages, instead of .venv
+PYTHON ?=
+## PT_DATA folder of documents
+PT_DATA ?= data/pretrain
+## SFT_DATA folder of conversations
+SFT_DATA ?= data/finetune
+## RM_DATA folder of preferences for the reward model
+RM_DATA ?= data/reward
+## DPO_DATA folder of preferences for DPO
+DPO_DATA ?= data/reward
+## EVAL_DATA folder of evaluation rows
+EVAL_DATA ?= data/eval
+
+# How the scripts, and the help, get them.
+export RECIPE STAGES GPUS ARGS NPROC NNODES NODE_RANK MASTER_ADDR MASTER_PORT DEEPSPEED ENV HOST PORT MODEL
+export PYTHON PT_DATA SFT_DATA RM_DATA DPO_DATA EVAL_DATA
+
+# ---- The graph --------------------------------------------------------------------------------------------------
+
+VENV_PYTHON := $(or $(PYTHON),.venv/bin/python)
+# An order-only prerequisite: a new environment is no reason to train again.
+ENVIRONMENT := $(if $(PYTHON),,.venv/.stagecraft-env)
+
+BEFORE_pt := base
+BEFORE_sft := $(or $(filter pt,$(STAGES)),base)
+BEFORE_rm := $(or $(filter sft,$(STAGES)),$(BEFORE_sft))
+BEFORE_dpo := $(BEFORE_rm)
+DATA_pt := $(PT_DATA)
+DATA_sft := $(SFT_DATA)
+DATA_rm := $(RM_DATA)
+DATA_dpo := $(DPO_DATA)
+
+done = outputs-$1/$(RECIPE)/DONE
+
+# Every file in a data folder, and its folders, whose time tells of files that went. Hidden files (an editor's)
+# don't count. What Make would read as syntax, a space too, becomes ?, which matches it again; a name that ends in a
+# parenthesis can't be said at all (a member of an archive to Make), so only its coming and going is seen.
+files = $(shell find -L '$1' -name '.*' ! -path '$1' -prune -o ! -name '*[()]' -print 2>/dev/null | \
+  LC_ALL=C sed 's![^[:alnum:]._/@,+-]!?!g')
+
+# ARGS belong to the stages named on the command line (`all` names every stage of the chain), not to those that
+# are built on the way there. They change the result, so these stages are made again even if they are up to date.
+TAKE_ARGS := $(filter base $(ALL_STAGES) eval,$(GOALS)) $(if $(filter all,$(GOALS)),$(STAGES))
+ifneq ($(strip $(ARGS)),)
+  ifeq ($(filter base $(ALL_STAGES) eval all chat serve,$(GOALS)),)
+    $(error ARGS are for base, pt, sft, rm, dpo, eval, all, chat and serve; named here: $(call listed,$(GOALS)))
+  endif
+endif
+flags = $(if $(filter $1,$(TAKE_ARGS)),$(if $(strip $(ARGS)), $(ARGS)))
+forced = $(if $(call flags,$1),FORCE)
+
+# What isn't there is told before the first stage, not after the hours of those ahead of it.
+chain = $(if $1,$(call chain,$(BEFORE_$1)) $1)
+WANTED := $(sort $(foreach goal,$(GOALS:merge-%=%),$(call chain,$(filter $(ALL_STAGES),$(goal)))) \
+  $(if $(filter all eval,$(GOALS)),$(foreach stage,$(STAGES),$(call chain,$(stage))) eval))
+DATA_eval := $(EVAL_DATA)
+NEEDED := $(sort $(foreach stage,$(WANTED),$(DATA_$(stage)) $(if $(DATA_$(stage)),recipes/$(RECIPE)/$(stage).yaml)))
+MISSING := $(strip $(foreach path,$(NEEDED),$(if $(wildcard $(path)),,$(path))))
+ifneq ($(MISSING),)
+  $(error missing: $(call listed,$(MISSING)) (data folders: PT_DATA$(COMMA) SFT_DATA$(COMMA) RM_DATA$(COMMA) \
+    DPO_DATA$(COMMA) EVAL_DATA))
+endif
+
+# BASE_MODEL given on the command line leaves no file behind that is newer: look at what the base was made from.
+BASE_RUN := outputs-base/$(RECIPE)/run.json
+BASE_NAME := $(if $(BASE_MODEL),"$(BASE_MODEL)",null)
+BASE_CHANGED := $(if $(wildcard $(BASE_RUN)),$(shell \
+  grep -qF '"model_name_or_path": $(BASE_NAME)' $(BASE_RUN) || echo FORCE))
+
+# Each recipe below notes in RAN that it was reached, so that a target can tell "up to date" from "just made".
+
+$(call done,base): recipes/$(RECIPE)/recipe.mk $(wildcard recipes/$(RECIPE)/base.yaml) \
+    $(if $(BASE_MODEL),,$(call files,$(PT_DATA))) $(BASE_CHANGED) $(call forced,base) | $(ENVIRONMENT)
+	$(eval RAN += base)RECIPE=$(RECIPE) BASE_MODEL='$(BASE_MODEL)'$(if $(BASE_MODEL),, DATA='$(PT_DATA)') $(strip \
+	  scripts/run_base.sh)$(call flags,base)
+
+# A training stage, $1: train (TRAINED), then make the complete model (DONE). Two files, so that a merge that
+# failed is done again without training again. $$ is for what must wait until Make reads the rule, or runs it.
+define training-stage
+outputs-$1/$(RECIPE)/TRAINED: recipes/$(RECIPE)/$1.yaml $$(call files,$(DATA_$1)) $$(call done,$(BEFORE_$1)) \
+    $$(call forced,$1) | $$(ENVIRONMENT)
+	$$(eval RAN += $1)RECIPE=$(RECIPE) FROM=$(BEFORE_$1) DATA='$(DATA_$1)' scripts/run_$1.sh$$(call flags,$1)
+
+outputs-$1/$(RECIPE)/DONE: outputs-$1/$(RECIPE)/TRAINED | $$(ENVIRONMENT)
+	$$(eval RAN += $1)RECIPE=$(RECIPE) scripts/run_merge.sh $1
+endef
+
+$(foreach stage,$(ALL_STAGES),$(eval $(call training-stage,$(stage))))
+
+$(call done,eval): recipes/$(RECIPE)/eval.yaml $(call files,$(EVAL_DATA)) \
+    $(foreach stage,base $(STAGES),$(call done,$(stage))) $(call forced,eval) | $(ENVIRONMENT)
+	$(eval RAN += eval)RECIPE=$(RECIPE) STAGES='$(STAGES)' DATA='$(EVAL_DATA)' scripts/run_eval.sh$(call flags,eval)
+
+.venv/.stagecraft-env: $(wildcard requirements/*.txt)
+	scripts/setup.sh
+
+.venv/.stagecraft-test: $(wildcard requirements/*.txt)
+	scripts/setup.sh test
+
+# ---- Targets: "target: ## text" is help, a line "##@ Title" starts a group ------------------------------------
+
+# `make -n` must show commands and nothing else.
+DRY := $(findstring n,$(filter-out --%,$(firstword -$(MAKEFLAGS))))
+tell = $(if $(DRY),,@$(if $(RAN),:,echo '$1 (RECIPE=$(RECIPE))'))
+
+# Reads this file: "target: ## text", "##@ Title", and "## NAME text" with the value that NAME has now.
+define SHOW_HELP
+/^##@ / { targets = targets sprintf("\n%s\n", substr($$0, 5)) }
+/^#?[a-zA-Z-]+:.*## / { name = $$1; gsub(/[#:]/, "", name); sub(/.*## /, "")
+                       targets = targets sprintf("  %-13s %s\n", name, $$0) }
+/^## [A-Z_]+ / { name = $$2; sub(/^## [A-Z_]+ /, "")
+                 variables = variables sprintf("  %-12s %-14s %s\n", name, ENVIRON[name], $$0) }
+END { printf "make TARGET [VARIABLE=value ...]\n%s\n", targets
+      printf "Variables, with the values they have now\n%s", variables }
+endef
+export SHOW_HELP
+
+##@ Set-up
+help: ## this text
+	@awk "$$SHOW_HELP" Makefile
+
+setup: ## make .venv with everything pinned (stages do it when it's missing)
+	scripts/setup.sh
+
+data: $(ENVIRONMENT) ## check every row of the recipe's data, without training
+	@status=0; $(foreach stage,$(filter-out $(if $(filter $(RM_DATA),$(DPO_DATA)),rm),$(STAGES)), \
+	  $(VENV_PYTHON) python/prepare_data.py check '$(DATA_$(stage))' --stage $(stage) || status=$$?;) exit $$status
+
+##@ Stages (each makes what it needs first; up to date = nothing runs)
+base: $(call done,base) ## the model to start from: built from nothing, or fetched
+	$(call tell,base is up to date)
+
+pt: $(call done,pt) ## go on pretraining on raw text
+	$(call tell,pt is up to date)
+
+sft: $(call done,sft) ## supervised fine-tuning on conversations
+	$(call tell,sft is up to date)
+
+rm: $(call done,rm) ## reward model from preferences
+	$(call tell,rm is up to date)
+
+dpo: $(call done,dpo) ## direct preference optimisation
+	$(call tell,dpo is up to date)
+
+#merge-STAGE: ## a stage's LoRA adapter into its complete model, as the stage itself does
+$(MERGES): merge-%: outputs-%/$(RECIPE)/DONE
+	$(call tell,$* is merged and up to date)
+
+eval: $(call done,eval) ## one table: the same rows and metrics for every model
+	$(call tell,eval is up to date)
+
+all: $(foreach stage,base $(STAGES) eval,$(call done,$(stage))) ## every stage of the recipe, then the table
+	$(call tell,everything is up to date)
+
+##@ Results
+chat: | $(ENVIRONMENT) ## talk to the newest model; echo question | make chat prints the answer
+	@scripts/chat.sh $(ARGS)
+
+serve: | $(ENVIRONMENT) ## OpenAI-compatible API on vLLM, or on transformers without a GPU
+	@scripts/serve.sh $(ARGS)
+
+status: ## what is done, running or unfinished
+	@$(or $(PYTHON),python3) python/show_status.py --recipe '$(RECIPE)'
+
+tensorboard: | $(ENVIRONMENT) ## the loss curves of every stage, on 127.0.0.1
+	@$(if $(wildcard outputs-*/$(RECIPE)/logs),$(VENV_PYTHON) -m tensorboard.main --host 127.0.0.1 --port \
+	  $(or $(PORT),6006) --logdir_spec $(subst $(EMPTY) ,$(COMMA),$(foreach folder,$(wildcard \
+	  outputs-*/$(RECIPE)/logs),$(patsubst outputs-%/$(RECIPE)/logs,%,$(folder)):$(folder))),echo 'no \
+	  outputs-*/$(RECIPE)/logs yet: run a stage first' >&2; exit 2)
+
+##@ Upkeep
+test: lint ## lint and every test; needs git, make, Python 3.11 and a C compiler
+	.venv/bin/python -m pytest -q
+
+lint: .venv/.stagecraft-test ## ruff and shellcheck
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/shellcheck .ci/run $(wildcard scripts/*.sh)
+
+#clean-STAGE: ## remove outputs-STAGE/RECIPE (base, pt, sft, rm, dpo, eval)
+$(CLEANS): clean-%:
+	rm -rf outputs-$*/$(RECIPE)
+
+clean:
+	@echo 'make clean would throw away hours of training: say which, e.g. make clean-sft RECIPE=$(RECIPE)' >&2; exit 2

@@ -1,0 +1,53 @@
+r"""DPO: prefer chosen answers over rejected ones, starting from the merged SFT model.
+
+    python python/dpo_training.py --config recipes/tiny/dpo.yaml --model_name_or_path outputs-sft/tiny/model \
+        --train_file_dir data/reward --output_dir outputs-dpo/tiny
+
+With LoRA the reference is the same model with the adapter switched off; with --use_peft false it is a frozen copy.
+Leaves OUTPUT_DIR/adapter (LoRA; then run merge_lora.py --stage_dir OUTPUT_DIR) or OUTPUT_DIR/model, and run.json.
+"""
+
+from stagecraft import corpus, models, run, templates
+from stagecraft.arguments import LoraArguments, ModelArguments, PreferenceDataArguments, RunArguments, parse
+from stagecraft.errors import run_main
+
+
+def main() -> None:
+    model_args, lora_args, data_args, run_args, training = parse(
+        __doc__, ModelArguments, LoraArguments, PreferenceDataArguments, RunArguments, trainer="dpo"
+    )
+    models.check_training_arguments(model_args, lora_args, training)
+    with run.stage("dpo", run_args, model_args, lora_args, data_args, training=training) as stage:
+        from transformers import set_seed
+        from trl import DPOConfig, DPOTrainer
+
+        class TokenisedDPOTrainer(DPOTrainer):
+            """Takes rows that are tokenised already; TRL has no argument for that and would render them again."""
+
+            def _prepare_dataset(self, dataset, *args, **kwargs):
+                return dataset
+
+        models.check_devices(model_args)
+        args = stage.configure(DPOConfig, training, max_length=None)
+        tokenizer = models.load_tokenizer(model_args.model_name_or_path, model_args.trust_remote_code)
+        template = templates.load_template(tokenizer, data_args.template_name)
+        with args.main_process_first():
+            preferences = corpus.load_preferences(data_args, tokenizer, template, "dpo")
+        print(preferences.describe(), flush=True)
+        set_seed(args.seed)
+        model, adapter = models.load_for_training(model_args, lora_args)
+        trainer = TokenisedDPOTrainer(
+            model=model,
+            args=args,
+            train_dataset=preferences.train,
+            eval_dataset=preferences.valid,
+            processing_class=tokenizer,
+            peft_config=adapter,
+        )
+        stage.train(trainer, preferences)
+        tokenizer.chat_template = template.saved_text
+        stage.finish(trainer, tokenizer, models.end_of_turn_ids(tokenizer, template.end_of_turn))
+
+
+if __name__ == "__main__":
+    run_main(main)

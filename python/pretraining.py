@@ -1,0 +1,49 @@
+r"""PT: go on pretraining a model on raw text, LoRA or every weight.
+
+    python python/pretraining.py --config recipes/tiny/pt.yaml --model_name_or_path outputs-base/tiny/model \
+        --train_file_dir data/pretrain --output_dir outputs-pt/tiny
+
+Documents are joined by the end-of-document token and cut into blocks of --block_size tokens.
+Leaves OUTPUT_DIR/adapter (LoRA; then run merge_lora.py --stage_dir OUTPUT_DIR) or OUTPUT_DIR/model, and run.json.
+"""
+
+from stagecraft import corpus, models, run
+from stagecraft.arguments import LoraArguments, ModelArguments, PretrainingDataArguments, RunArguments, parse
+from stagecraft.errors import run_main
+
+
+def main() -> None:
+    model_args, lora_args, data_args, run_args, training = parse(
+        __doc__, ModelArguments, LoraArguments, PretrainingDataArguments, RunArguments, trainer="pretraining"
+    )
+    models.check_training_arguments(model_args, lora_args, training)
+    with run.stage("pt", run_args, model_args, lora_args, data_args, training=training) as stage:
+        from peft import get_peft_model
+        from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+
+        models.check_devices(model_args)
+        args = stage.configure(TrainingArguments, training)
+        tokenizer = models.load_tokenizer(model_args.model_name_or_path, model_args.trust_remote_code)
+        with args.main_process_first():
+            documents = corpus.load_documents(data_args, tokenizer)
+        print(documents.describe(), flush=True)
+        set_seed(args.seed)
+        model, adapter = models.load_for_training(model_args, lora_args)
+        if adapter is not None:
+            model = get_peft_model(model, adapter)
+        if lora_args.use_peft and args.gradient_checkpointing:
+            model.enable_input_require_grads()  # else nothing before the first adapter has a gradient to recompute
+        trainer = Trainer(
+            model=model,
+            args=args,
+            train_dataset=documents.train,
+            eval_dataset=documents.valid,
+            processing_class=tokenizer,
+            data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
+        )
+        stage.train(trainer, documents)
+        stage.finish(trainer, tokenizer, end_ids=None)
+
+
+if __name__ == "__main__":
+    run_main(main)

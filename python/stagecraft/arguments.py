@@ -1,0 +1,341 @@
+"""Every flag: the dataclasses, one parser for YAML and command line, and the flags of older guides.
+
+Nothing heavy is imported here, so that a wrong flag is told in well under a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stagecraft.errors import UserError
+from stagecraft.flags import Flag, Words, dataclass_flags, to_bool, trainer_flags
+
+# Flags that newer transformers dropped but guides still use: old name -> (new name, value of the new flag).
+RENAMED = {
+    "warmup_ratio": ("warmup_steps", lambda value: value),
+    "evaluation_strategy": ("eval_strategy", lambda value: value),
+    "no_cuda": ("use_cpu", lambda value: value),
+    "group_by_length": (
+        "train_sampling_strategy",
+        lambda value: "group_by_length" if to_bool(value) else "random",
+    ),
+}
+
+# Trainer fields that this kit decides itself; a user who sets one is told what to use instead.
+_OURS = "rows are rendered, cut and tokenised by the kit before the trainer sees them"
+DECIDED = {
+    "model_init_kwargs": "use --torch_dtype, --device_map, --flash_attn",
+    "max_length": "use --model_max_length (SFT) or --max_source_length and --max_target_length (RM, DPO)",
+    "truncation_mode": _OURS,
+    "dataset_text_field": _OURS,
+    "dataset_kwargs": _OURS,
+    "dataset_num_proc": "use --preprocessing_num_workers",
+    "chat_template_path": "use --template_name",
+    "eos_token": "it comes from the chat template",
+    "pad_token": "it comes from the tokenizer",
+    "assistant_only_loss": "the kit always trains on assistant turns only",
+    "completion_only_loss": "the kit always trains on assistant turns only",
+    "packing": "packed rows would see each other without variable-length attention",
+    "packing_strategy": "packed rows would see each other without variable-length attention",
+    "eval_packing": "packed rows would see each other without variable-length attention",
+    "padding_free": "rows in one sequence would see each other without variable-length attention",
+    "auto_find_batch_size": "it changes the global batch",
+    "remove_unused_columns": _OURS,
+    "local_rank": "torchrun sets it",
+    "do_train": "a stage always trains",
+    "do_eval": "use --eval_strategy",
+    "do_predict": "use evaluate_model.py",
+}
+
+
+@dataclass
+class ModelArguments:
+    """Model"""
+
+    model_name_or_path: str = field(metadata={"help": "model folder (or hub id) to start from"})
+    torch_dtype: str = field(
+        default="auto", metadata={"help": "dtype of the weights: auto (as saved), float32, bfloat16, float16"}
+    )
+    device_map: str | None = field(
+        default=None, metadata={"help": "spread one copy over several GPUs, e.g. auto (single process only)"}
+    )
+    load_in_4bit: bool = field(default=False, metadata={"help": "nf4 base weights (LoRA only)"})
+    load_in_8bit: bool = field(default=False, metadata={"help": "int8 base weights (LoRA only)"})
+    flash_attn: bool = field(
+        default=False, metadata={"help": "FlashAttention-2 (CUDA, flash-attn installed)"}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "run code shipped with the model"})
+    cache_dir: str | None = field(default=None, metadata={"help": "where hub downloads are kept"})
+
+
+@dataclass
+class LoraArguments:
+    """LoRA"""
+
+    use_peft: bool = field(default=True, metadata={"help": "train a LoRA adapter; false trains every weight"})
+    target_modules: list[str] = field(
+        default_factory=lambda: ["all"], metadata={"help": "modules to adapt; all = every linear layer"}
+    )
+    lora_rank: int = field(default=16, metadata={"help": "rank r"})
+    lora_alpha: int = field(default=32, metadata={"help": "scale is alpha / r"})
+    lora_dropout: float = field(default=0.05, metadata={"help": "dropout before the adapter"})
+    use_dora: bool = field(default=False, metadata={"help": "weight-decomposed LoRA"})
+    use_rslora: bool = field(default=False, metadata={"help": "scale alpha / sqrt(r)"})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "modules trained in full beside the adapter, e.g. embed_tokens"}
+    )
+    peft_path: str | None = field(default=None, metadata={"help": "go on training this adapter"})
+
+
+@dataclass
+class DataArguments:
+    """Data"""
+
+    train_file_dir: str = field(metadata={"help": "folder (or file) of training rows"})
+    validation_file_dir: str | None = field(
+        default=None,
+        metadata={"help": "folder (or file) of validation rows; none: split off the training rows"},
+    )
+    validation_split_percentage: float = field(
+        default=2.0, metadata={"help": "share split off for validation when there is no validation folder"}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "at most so many training rows"})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "at most so many validation rows"})
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "processes that tokenise (default: one)"}
+    )
+    overwrite_cache: bool = field(default=False, metadata={"help": "tokenise again"})
+
+
+@dataclass
+class PretrainingDataArguments(DataArguments):
+    """Data"""
+
+    block_size: int = field(default=1024, metadata={"help": "tokens a training block"})
+
+
+@dataclass
+class SFTDataArguments(DataArguments):
+    """Data"""
+
+    template_name: str | None = field(
+        default=None, metadata={"help": "chat template templates/NAME.jinja; none: the tokenizer's own"}
+    )
+    model_max_length: int = field(default=2048, metadata={"help": "tokens a row at most"})
+
+
+@dataclass
+class PreferenceDataArguments(DataArguments):
+    """Data"""
+
+    template_name: str | None = field(
+        default=None, metadata={"help": "chat template templates/NAME.jinja; none: the tokenizer's own"}
+    )
+    max_source_length: int = field(default=1024, metadata={"help": "tokens of the prompt at most"})
+    max_target_length: int = field(default=512, metadata={"help": "tokens of an answer at most"})
+
+
+@dataclass
+class RunArguments:
+    """Run"""
+
+    output_dir: str = field(
+        metadata={"help": "the stage's folder: adapter/ or model/, checkpoints/, logs/, run.json"}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "replace what a finished run left there"}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "True (newest checkpoint), PATH or False; unset: go on if the run is the same one"},
+    )
+    logging_dir: str | None = field(
+        default=None, metadata={"help": "TensorBoard events (default OUTPUT_DIR/logs)"}
+    )
+
+
+def parse(
+    description: str, *groups: type, trainer: str | None = None, argv: list[str] | None = None
+) -> list[Any]:
+    """Read `--config A.yaml B.yaml` left to right, then flags, into one instance of each dataclass.
+
+    With `trainer` (a key of TRAINERS) the last element of the result is a dict of the trainer flags that were
+    set. Raises UserError naming every unknown or malformed key, each with the nearest real one.
+    """
+    flags = {flag.name: flag for group in groups for flag in dataclass_flags(group)}
+    for name, flag in trainer_flags(trainer).items() if trainer else ():
+        if name not in DECIDED:
+            flags.setdefault(name, flag)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    faults: list[str] = []
+    written = _from_command_line(description, flags, argv, faults)
+    settings: dict[str, tuple[str, Any]] = {}  # name -> (where it was set, value)
+    for path in written.pop("config", []):
+        for where, name, value in _from_yaml(path, faults):
+            _set(settings, flags, faults, where, name, value, dashes="")
+    for name, value in written.items():
+        _set(settings, flags, faults, "", name, value, dashes="--")
+    if not faults:  # after a mistyped flag, saying that the right one is missing would only repeat it
+        for flag in flags.values():
+            if flag.required and flag.name not in settings:
+                word = flag.name if flag.positional else f"--{flag.name}"
+                faults.append(f"{word} is missing: {flag.help}")
+    if faults:
+        raise UserError(*faults)
+    values = {name: value for name, (_, value) in settings.items()}
+    result: list[Any] = []
+    for group in groups:
+        names = {f.name for f in dataclasses.fields(group)}
+        result.append(group(**{name: values.pop(name) for name in names & values.keys()}))
+    if trainer:
+        result.append(values)
+    return result
+
+
+def _set(
+    settings: dict[str, tuple[str, Any]],
+    flags: dict[str, Flag],
+    faults: list[str],
+    where: str,
+    name: str,
+    value: Any,
+    dashes: str,
+) -> None:
+    prefix = f"{where}: " if where else ""
+    if name in RENAMED and name not in flags and RENAMED[name][0] in flags:
+        new, translate = RENAMED[name]
+        value = value[0] if isinstance(value, Words) and value else value
+        value = True if value == [] else value
+        try:
+            value = translate(value)
+        except ValueError as error:
+            faults.append(f"{prefix}{dashes}{name} {error}")
+            return
+        print(f"{prefix}{dashes}{name} is now {dashes}{new}: using {new}={value}", file=sys.stderr)
+        name = new
+    if name in DECIDED and name not in flags:
+        faults.append(f"{prefix}{dashes}{name} is not a flag of the kit: {DECIDED[name]}")
+        return
+    if name not in flags:
+        known = [*flags, *(alias for flag in flags.values() for alias in flag.aliases), "config"]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        hint = f'; did you mean "{dashes}{near[0]}"?' if near else "; --help lists them"
+        kind = "flag" if dashes else "key"
+        faults.append(f'{prefix}unknown {kind} "{dashes}{name}"{hint}')
+        return
+    try:
+        settings[name] = (where, flags[name].convert(value))
+    except ValueError as error:
+        faults.append(f"{prefix}{'' if flags[name].positional else dashes}{name} {error}")
+
+
+def _from_command_line(
+    description: str, flags: dict[str, Flag], argv: list[str], faults: list[str]
+) -> dict[str, Any]:
+    """Flags as written: {"config": [paths], name: words}. `--help` prints and exits."""
+    if "-h" in argv or "--help" in argv:
+        _print_help(description, flags)
+        sys.exit(0)
+    aliases = {alias: flag.name for flag in flags.values() for alias in flag.aliases}
+    positional = [flag.name for flag in flags.values() if flag.positional]
+    written: dict[str, Any] = {}
+    current: str | None = None
+    for word in argv:
+        match = re.match(r"--?([A-Za-z][\w-]*)(?:=(.*))?$", word, re.DOTALL)
+        if match:
+            name = match[1].replace("-", "_")
+            current = aliases.get(name, name)
+            if current != "config" or current not in written:
+                written[current] = Words()
+            if match[2] is not None:
+                written[current].append(match[2])
+        elif current is not None and not _is_full(flags.get(current), written[current]):
+            written[current].append(word)
+        elif positional:
+            current = None
+            written.setdefault(positional[0], Words()).append(word)
+            if not flags[positional[0]].is_list:
+                positional.pop(0)
+        else:
+            faults.append(f'stray word "{word}": values follow a flag (--name value)')
+    if "config" in written and not written["config"]:
+        faults.append("--config needs the path of a YAML file")
+    return written
+
+
+def _is_full(flag: Flag | None, words: list[str]) -> bool:
+    return flag is not None and not flag.is_list and len(words) >= 1
+
+
+def _from_yaml(path: str, faults: list[str]) -> list[tuple[str, str, Any]]:
+    """A recipe file -> [(file:line, key, value)]; faults are added, not raised."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        faults.append(f"--config {path}: {error.strerror or error}")
+        return []
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        faults.append(
+            f"{path}:{line}: not UTF-8 (byte 0x{error.object[error.start]:02x}); convert the file to UTF-8"
+        )
+        return []
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        faults.append(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}")
+        return []
+    if values is None:
+        return []
+    if not isinstance(values, dict):
+        faults.append(f'{path}:1: must hold "flag: value" lines')
+        return []
+    found: list[tuple[str, str, Any]] = []
+    seen: set[str] = set()
+    for key, _ in node.value:
+        where = f"{path}:{key.start_mark.line + 1}"
+        if key.value in seen:
+            faults.append(f'{where}: "{key.value}" stands twice')
+        seen.add(key.value)
+        found.append((where, key.value, values.get(key.value)))
+    return found
+
+
+def _print_help(description: str, flags: dict[str, Flag]) -> None:
+    """Flags by group; the trainers' own flags come last, with the first sentence of their help."""
+    parser = argparse.ArgumentParser(
+        description=description.strip(),
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, width=110, max_help_position=34
+        ),
+        add_help=False,
+        usage="%(prog)s [--config A.yaml B.yaml] [--flag value ...]",
+    )
+    sections: dict[str, Any] = {}
+    ours = [flag for flag in flags.values() if flag.group != "Trainer"]
+    theirs = [flag for flag in flags.values() if flag.group == "Trainer"]
+    for flag in ours + theirs:
+        section = sections.get(flag.group)
+        if section is None:
+            section = sections[flag.group] = parser.add_argument_group(flag.group)
+        text = flag.help.strip() if flag in ours else re.split(r"(?<=[.!?])\s", flag.help.strip())[0]
+        text = text.replace("%", "%%")
+        if flag.default is not None and not flag.required:
+            text += f" [{flag.default}]"
+        names = [flag.name] if flag.positional else [f"--{name}" for name in (flag.name, *flag.aliases)]
+        kinds = "|".join(sorted(kind.__name__ for kind in flag.kinds))
+        section.add_argument(*names, help=text, metavar="VALUE ..." if flag.is_list else kinds)
+    parser.print_help()

@@ -1,0 +1,29 @@
+"""Mistakes a user can mend: told in plain lines, exit status 2, no traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """One or more lines for the user: what is wrong, where (flag or file:line), how to mend it."""
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__("\n".join(lines))
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run an entry script; a UserError becomes its lines on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":  # under torchrun every rank finds the same fault; one tells it
+            print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output (head, less) went away
+        sys.exit(0)

@@ -1,0 +1,272 @@
+"""Tokenizers, models, quantised bases and adapters: loading them, for training and for use."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stagecraft.arguments import LoraArguments, ModelArguments
+from stagecraft.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# A classification head (score) is trained and saved in full beside the adapter of a reward model.
+REWARD_HEAD = "score"
+
+
+def require_model_folder(path: str, flag: str = "--model_name_or_path") -> None:
+    """Check cheaply, before torch is imported, that a local path is a complete model. Raises UserError.
+
+    A name that is no path (like Qwen/Qwen2.5-3B) is left to the hub.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        if path.startswith((".", "/", "~", "outputs-")) or path.count("/") > 1:
+            raise UserError(
+                f"{flag} {path}: no such folder; the stage before it has not been run (`make status`)"
+            )
+        return
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{flag} {path}: this is an adapter; merge it first: python python/merge_lora.py {path} ..."
+        )
+    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).exists()]
+    if not any(folder.glob("*.safetensors")):
+        missing.append("*.safetensors")
+    if missing:
+        raise UserError(f"{flag} {path}: not a complete model folder: {', '.join(missing)} missing")
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder. Raises UserError where padding could not be told from the end of a text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+        spare = next(
+            (t for t in ("<|pad|>", "<pad>", "<|finetune_right_pad_id|>") if t in tokenizer.get_vocab()), None
+        )
+        # Padding is masked by position in every collator here, so sharing the id with eos hides no loss.
+        tokenizer.pad_token = spare or tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal(
+    path: str, dtype: str = "auto", device_map: str | None = None, **kwargs: Any
+) -> PreTrainedModel:
+    """A causal language model for use: evaluation mode, on the GPU if there is one."""
+    from transformers import AutoModelForCausalLM
+
+    return _ready(
+        _load_whole(AutoModelForCausalLM, path, dtype=dtype, device_map=device_map, **kwargs), device_map
+    )
+
+
+def load_reward(path: str, dtype: str = "auto", device_map: str | None = None) -> PreTrainedModel:
+    """A reward model (one score a text) for use."""
+    from transformers import AutoModelForSequenceClassification
+
+    model = _load_whole(AutoModelForSequenceClassification, path, dtype=dtype, device_map=device_map)
+    if model.config.num_labels != 1:
+        raise UserError(f"{path}: not a reward model: it has {model.config.num_labels} outputs, not one")
+    return _ready(model, device_map)
+
+
+def load_for_training(
+    args: ModelArguments, lora: LoraArguments, task: str = "causal"
+) -> tuple[PreTrainedModel, LoraConfig | None]:
+    """The model a stage trains, and the adapter for its trainer to add (None: every weight, or --peft_path).
+
+    `task`: causal or reward. The trainer adds the adapter, not we: only then does DPO know that its reference is
+    the model with the adapter switched off.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    kwargs: dict[str, Any] = {
+        "dtype": args.torch_dtype,
+        "trust_remote_code": args.trust_remote_code,
+        "cache_dir": args.cache_dir,
+        "device_map": args.device_map,
+    }
+    if args.flash_attn:
+        kwargs["attn_implementation"] = "flash_attention_2"
+    if args.load_in_4bit or args.load_in_8bit:
+        kwargs["quantization_config"] = _quantisation(args)
+    if task == "reward":
+        with (
+            without_load_report()
+        ):  # it would warn that the score head is new; that is the point of this stage
+            model = AutoModelForSequenceClassification.from_pretrained(
+                args.model_name_or_path, num_labels=1, **kwargs
+            )
+    else:
+        model = _load_whole(AutoModelForCausalLM, args.model_name_or_path, **kwargs)
+    model.config.use_cache = (
+        False  # a cache costs memory in training and leaks between packed rows under SDPA
+    )
+    if not lora.use_peft:
+        return model, None
+    if lora.peft_path:
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, lora.peft_path, is_trainable=True), None
+    _check_target_modules(model, lora)
+    return model, _adapter(lora, task)
+
+
+def check_training_arguments(args: ModelArguments, lora: LoraArguments, training: dict[str, Any]) -> None:
+    """Contradictions that cost time when found later. Raises UserError listing all of them."""
+    faults = []
+    if args.load_in_4bit and args.load_in_8bit:
+        faults.append("--load_in_4bit and --load_in_8bit exclude each other")
+    if (args.load_in_4bit or args.load_in_8bit) and not lora.use_peft:
+        faults.append(
+            "--load_in_4bit/--load_in_8bit need LoRA: quantised weights can't be trained (--use_peft true)"
+        )
+    if training.get("bf16") and training.get("fp16"):
+        faults.append("--bf16 and --fp16 exclude each other")
+    if args.torch_dtype not in ("auto", "float32", "bfloat16", "float16"):
+        faults.append(f"--torch_dtype {args.torch_dtype}: must be auto, float32, bfloat16 or float16")
+    if args.device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        faults.append(
+            "--device_map spreads one copy over the GPUs; with several processes each has its own (NPROC=1)"
+        )
+    if lora.peft_path and not (Path(lora.peft_path) / "adapter_config.json").exists():
+        faults.append(f"--peft_path {lora.peft_path}: no adapter_config.json there")
+    if lora.peft_path and not lora.use_peft:
+        faults.append("--peft_path goes with --use_peft true")
+    if lora.use_peft and lora.lora_rank < 1:
+        faults.append(f"--lora_rank must be at least 1, not {lora.lora_rank}")
+    if faults:
+        raise UserError(*faults)
+    require_model_folder(args.model_name_or_path)
+
+
+def check_devices(args: ModelArguments) -> None:
+    """What can only be known with torch imported. Raises UserError."""
+    import torch
+
+    if args.flash_attn and not torch.cuda.is_available():
+        raise UserError("--flash_attn needs CUDA; leave it out here (SDPA is used)")
+
+
+def resolve_precision(training: dict[str, Any]) -> str:
+    """Set bf16 in `training` where neither precision was asked for; returns what was chosen and why."""
+    import torch
+
+    if training.get("bf16"):
+        return "precision: bf16 autocast (asked for)"
+    if training.get("fp16"):
+        training["bf16"] = False
+        return "precision: fp16 autocast (asked for)"
+    if training.get("bf16") is False:
+        return "precision: no autocast (asked for)"
+    training["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    if training["bf16"]:
+        return "precision: bf16 autocast (the GPU has it)"
+    return "precision: no autocast (--bf16 true pays on a CPU only with avx512_bf16 and wider models)"
+
+
+def describe_parameters(model: PreTrainedModel) -> str:
+    """'trainable 116,736 of 1,176,832 parameters (9.92 %)'; 4-bit weights count as the weights they stand for."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        count = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty shell on each rank
+        if parameter.__class__.__name__ == "Params4bit":
+            count *= 2 * parameter.element_size()  # two 4-bit weights a byte
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return f"trainable {trainable:,} of {total:,} parameters ({trainable / total:.2%})"
+
+
+def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, end_of_turn: str) -> list[int]:
+    """Token ids that end an answer: the template's end of turn, then the tokenizer's own eos."""
+    ids = tokenizer(end_of_turn, add_special_tokens=False)["input_ids"]
+    return list(dict.fromkeys([*ids, tokenizer.eos_token_id]))
+
+
+def _load_whole(model_class: Any, path: str, **kwargs: Any) -> PreTrainedModel:
+    """from_pretrained that refuses what transformers only reports: weights that are missing get random numbers."""
+    with without_load_report():
+        model, info = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(f"{path}: weights are missing in its files: {', '.join(missing[:3])}{more}")
+    return model
+
+
+def _ready(model: PreTrainedModel, device_map: str | None) -> PreTrainedModel:
+    import torch
+
+    if device_map is None and torch.cuda.is_available():
+        model.to("cuda")
+    return model.eval()
+
+
+def _quantisation(args: ModelArguments) -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if args.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _adapter(lora: LoraArguments, task: str) -> LoraConfig:
+    from peft import LoraConfig, TaskType
+
+    return LoraConfig(
+        task_type=TaskType.SEQ_CLS if task == "reward" else TaskType.CAUSAL_LM,
+        r=lora.lora_rank,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules="all-linear" if _targets_all(lora) else lora.target_modules,
+        modules_to_save=[*(lora.modules_to_save or []), *([REWARD_HEAD] if task == "reward" else [])] or None,
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
+    )
+
+
+def _targets_all(lora: LoraArguments) -> bool:
+    return lora.target_modules in (["all"], ["all-linear"])
+
+
+def _check_target_modules(model: PreTrainedModel, lora: LoraArguments) -> None:
+    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    faults = []
+    for flag, wanted in (
+        ("target_modules", lora.target_modules),
+        ("modules_to_save", lora.modules_to_save or []),
+    ):
+        unknown = (
+            [] if flag == "target_modules" and _targets_all(lora) else [m for m in wanted if m not in names]
+        )
+        if unknown:
+            linear = sorted(name for name in names if name.endswith(("proj", "head", "tokens")))
+            faults.append(f"--{flag}: the model has no {', '.join(unknown)}; it has {', '.join(linear)}")
+    if faults:
+        raise UserError(*faults)
+
+
+@contextlib.contextmanager
+def without_load_report() -> Iterator[None]:
+    """Silence transformers' table of missing and unexpected weights, where they are expected."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -1,0 +1,49 @@
+r"""SFT: train on conversations; only the assistant's words and its end of turn carry loss.
+
+    python python/supervised_finetuning.py --config recipes/tiny/sft.yaml --model_name_or_path outputs-pt/tiny/model \
+        --train_file_dir data/finetune --output_dir outputs-sft/tiny
+
+Leaves OUTPUT_DIR/adapter (LoRA; then run merge_lora.py --stage_dir OUTPUT_DIR) or OUTPUT_DIR/model, and run.json.
+"""
+
+from stagecraft import corpus, models, run, templates
+from stagecraft.arguments import LoraArguments, ModelArguments, RunArguments, SFTDataArguments, parse
+from stagecraft.errors import run_main
+
+
+def main() -> None:
+    model_args, lora_args, data_args, run_args, training = parse(
+        __doc__, ModelArguments, LoraArguments, SFTDataArguments, RunArguments, trainer="sft"
+    )
+    models.check_training_arguments(model_args, lora_args, training)
+    with run.stage("sft", run_args, model_args, lora_args, data_args, training=training) as stage:
+        from transformers import DataCollatorForSeq2Seq, set_seed
+        from trl import SFTConfig, SFTTrainer
+
+        models.check_devices(model_args)
+        args = stage.configure(
+            SFTConfig, training, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
+        )
+        tokenizer = models.load_tokenizer(model_args.model_name_or_path, model_args.trust_remote_code)
+        template = templates.load_template(tokenizer, data_args.template_name)
+        with args.main_process_first():
+            conversations = corpus.load_conversations(data_args, tokenizer, template)
+        print(conversations.describe(), flush=True)
+        set_seed(args.seed)
+        model, adapter = models.load_for_training(model_args, lora_args)
+        trainer = SFTTrainer(
+            model=model,
+            args=args,
+            train_dataset=conversations.train,
+            eval_dataset=conversations.valid,
+            processing_class=tokenizer,
+            peft_config=adapter,
+            data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
+        )
+        stage.train(trainer, conversations)
+        tokenizer.chat_template = template.saved_text
+        stage.finish(trainer, tokenizer, models.end_of_turn_ids(tokenizer, template.end_of_turn))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,528 @@
+"""Make's graph: what runs after what changed.
+
+The kit's own Makefile and scripts run in a copy of the repository. Only .venv/bin/python is another program:
+it notes its arguments and leaves the files that a real run leaves.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON = r"""#!/usr/bin/env bash
+# Note the call; leave what the script would have left; with FAIL=name, leave nothing and fail.
+set -eu
+echo "$*" >>calls.log
+script=x output='' stage='' base=null
+while (($#)); do
+  case $1 in
+    python/*.py) script=$1 ;;
+    --output_dir) output=$2 ;;
+    --stage_dir) stage=$2 ;;
+    --model_name_or_path) base="\"$2\"" ;;
+  esac
+  shift
+done
+[[ $script != *"${FAIL:-nothing}"* ]] || exit 3
+case $script in
+  python/build_base.py)
+    mkdir -p "$output/model"
+    echo "\"model_name_or_path\": $base" >"$output/run.json"
+    touch "$output/DONE"
+    ;;
+  python/evaluate_model.py) mkdir -p "$output"; touch "$output/DONE" ;;
+  python/merge_lora.py)
+    test -f "$stage/TRAINED"
+    mkdir -p "$stage/model"
+    touch "$stage/model/config.json" "$stage/DONE"
+    ;;
+  python/chat.py) cat ;;
+  python/*ing.py) mkdir -p "$output/logs"; rm -f "$output/DONE"; touch "$output/TRAINED" ;;
+esac
+"""
+STAGES = ("pt", "sft", "rm", "dpo")
+SCRIPTS = {
+    "build_base": "base",
+    "pretraining": "pt",
+    "supervised_finetuning": "sft",
+    "reward_modeling": "rm",
+    "dpo_training": "dpo",
+    "evaluate_model": "eval",
+}
+EVERYTHING = ["base", "pt", "pt+", "sft", "sft+", "rm", "rm+", "dpo", "dpo+", "eval"]
+SFT_ON = ["sft", "sft+", "rm", "rm+", "dpo", "dpo+", "eval"]
+
+
+class Kit:
+    """A copy of the repository in which commands run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("Makefile", "scripts", "recipes"):
+            source = ROOT / name
+            copy = shutil.copytree if source.is_dir() else shutil.copy
+            copy(source, folder / name)
+        for name in ("base", *STAGES, "eval"):
+            (folder / f"recipes/tiny/{name}.yaml").touch()
+        for name in ("pretrain", "finetune", "reward", "eval"):
+            (folder / "data" / name).mkdir(parents=True)
+            (folder / "data" / name / "rows.jsonl").write_text("{}\n")
+        (folder / "python").mkdir()
+        shutil.copy(ROOT / "python/show_status.py", folder / "python")
+        for name in (*SCRIPTS, "merge_lora", "chat", "prepare_data"):
+            (folder / "python" / f"{name}.py").touch()
+        (folder / ".venv/bin").mkdir(parents=True)
+        for name in (".stagecraft-env", ".stagecraft-test"):
+            (folder / ".venv" / name).touch()
+        (folder / ".venv/bin/python").write_text(PYTHON)
+        (folder / ".venv/bin/python").chmod(0o755)
+        self.age()
+
+    def age(self) -> None:
+        """Set every file and folder back by a minute: what changes next is newer at any grain of the clock."""
+        for parent, _, names in os.walk(self.folder):
+            for path in (parent, *(os.path.join(parent, name) for name in names)):
+                status = os.stat(path)
+                os.utime(path, ns=(status.st_atime_ns - 60 * 10**9, status.st_mtime_ns - 60 * 10**9))
+
+    def run(self, *words: str, stdin: str | None = None, **environment: str) -> subprocess.CompletedProcess:
+        """A command, by default on a machine without CUDA and without variables of the caller's."""
+        kept = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(
+            words,
+            check=False,
+            cwd=self.folder,
+            env=kept | environment,
+            capture_output=True,
+            text=True,
+            input=stdin,
+        )
+
+    def make(self, *words: str, **environment: str) -> list[str]:
+        """Run Make; returns the stages that ran ("sft" trained, "sft+" merged), in order."""
+        self.age()
+        (self.folder / "calls.log").unlink(missing_ok=True)
+        done = self.run("make", *words, **environment)
+        assert done.returncode == 0, done.stderr
+        return [name_of(call) for call in self.calls()]
+
+    def calls(self) -> list[str]:
+        """The command lines that reached Python since the last make()."""
+        path = self.folder / "calls.log"
+        return path.read_text().splitlines() if path.exists() else []
+
+
+def name_of(call: str) -> str:
+    script = re.search(r"python/(\w+)\.py", call)[1]
+    return re.search(r"outputs-(\w+)", call)[1] + "+" if script == "merge_lora" else SCRIPTS[script]
+
+
+@pytest.fixture
+def kit(tmp_path: Path) -> Kit:
+    return Kit(tmp_path)
+
+
+@pytest.fixture
+def built(kit: Kit) -> Kit:
+    assert kit.make("all") == EVERYTHING
+    return kit
+
+
+def test_all_runs_every_stage_with_the_models_and_data_it_needs(built: Kit):
+    calls = {name_of(call): call for call in built.calls()}
+    assert calls["base"] == (
+        "python/build_base.py --config recipes/tiny/base.yaml --output_dir outputs-base/tiny "
+        "--overwrite_output_dir --train_file_dir data/pretrain"
+    )
+    for stage, before, data in (
+        ("pt", "base", "pretrain"),
+        ("sft", "pt", "finetune"),
+        ("rm", "sft", "reward"),
+        ("dpo", "sft", "reward"),
+    ):
+        assert calls[stage].split(" ", 1)[1] == (
+            f"--config recipes/tiny/{stage}.yaml --model_name_or_path outputs-{before}/tiny/model "
+            f"--train_file_dir data/{data} --output_dir outputs-{stage}/tiny --overwrite_output_dir"
+        )
+        assert calls[stage + "+"] == f"python/merge_lora.py --stage_dir outputs-{stage}/tiny"
+    assert calls["eval"] == (
+        "python/evaluate_model.py --config recipes/tiny/eval.yaml --models base=outputs-base/tiny/model "
+        "pt=outputs-pt/tiny/model sft=outputs-sft/tiny/model dpo=outputs-dpo/tiny/model "
+        "--reward_model outputs-rm/tiny/model --eval_dir data/eval --output_dir outputs-eval/tiny "
+        "--overwrite_output_dir"
+    )
+
+
+def test_nothing_runs_when_up_to_date(built: Kit):
+    began = time.monotonic()
+    done = built.run("make", "all")
+    assert time.monotonic() - began < 3
+    assert (done.returncode, done.stdout, done.stderr) == (0, "everything is up to date (RECIPE=tiny)\n", "")
+    assert built.run("make", "sft").stdout == "sft is up to date (RECIPE=tiny)\n"
+    assert built.run("make", "merge-rm").stdout == "rm is merged and up to date (RECIPE=tiny)\n"
+    assert built.make("all") == []
+
+
+@pytest.mark.parametrize(
+    ("touched", "ran"),
+    [
+        ("recipes/tiny/recipe.mk", EVERYTHING),
+        ("recipes/tiny/base.yaml", EVERYTHING),
+        ("data/pretrain/rows.jsonl", EVERYTHING),  # tiny's tokenizer is made from it
+        ("recipes/tiny/pt.yaml", EVERYTHING[1:]),
+        ("recipes/tiny/sft.yaml", SFT_ON),
+        ("data/finetune/rows.jsonl", SFT_ON),
+        ("data/reward/rows.jsonl", SFT_ON[2:]),
+        ("recipes/tiny/rm.yaml", ["rm", "rm+", "eval"]),
+        ("recipes/tiny/dpo.yaml", ["dpo", "dpo+", "eval"]),
+        ("outputs-sft/tiny/TRAINED", ["sft+", *SFT_ON[2:]]),
+        ("recipes/tiny/eval.yaml", ["eval"]),
+        ("data/eval/rows.jsonl", ["eval"]),
+        (".venv/.stagecraft-env", []),
+        ("python/dpo_training.py", []),
+    ],
+)
+def test_what_changed_runs_again_with_what_follows_and_nothing_else(built: Kit, touched: str, ran: list):
+    built.age()
+    (built.folder / touched).touch()
+    assert planned(built, "all") == ran
+    assert built.make("all") == ran
+    assert built.make("all") == []
+
+
+def planned(kit: Kit, *words: str) -> list[str]:
+    """What `make -n` says, in the names of Kit.make; every line must be a stage's command."""
+    names = []
+    for line in kit.run("make", "-n", *words).stdout.splitlines():
+        if line.startswith("make: "):  # nothing to do
+            continue
+        script, stage = re.search(r"scripts/run_(\w+)\.sh ?(\w*)", line).groups()
+        names.append(stage + "+" if script == "merge" else script)
+    return names
+
+
+def test_dry_run_says_exactly_what_runs(kit: Kit):
+    commands = kit.run("make", "-n", "all").stdout.splitlines()
+    assert kit.calls() == []
+    assert planned(kit, "all") == EVERYTHING
+    assert kit.run("make", "all").stdout.splitlines()[0::2] == commands  # between them: launch.sh's lines
+    assert commands[3] == "RECIPE=tiny FROM=pt DATA='data/finetune' scripts/run_sft.sh"
+
+
+@pytest.mark.parametrize(
+    "name", ["more.jsonl", "two words.jsonl", "odd#:%;*[1] $x'&.jsonl", "新数据.jsonl", "sub/a.jsonl"]
+)
+def test_data_files_added_changed_and_removed(built: Kit, name: str):
+    file = built.folder / "data/finetune" / name
+    built.age()
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("{}\n")
+    assert built.make("all") == SFT_ON
+    built.age()
+    file.touch()
+    assert built.make("all") == SFT_ON
+    built.age()
+    file.unlink()
+    assert built.make("all") == SFT_ON
+    assert built.make("all") == []
+
+
+def test_a_hidden_file_in_a_data_folder_is_not_data(built: Kit):
+    (built.folder / "data/finetune/.rows.jsonl.swp").write_text("x")
+    built.age()
+    (built.folder / "data/finetune/.rows.jsonl.swp").write_text("y")
+    assert built.make("all") == SFT_ON  # its coming changed the folder
+    built.age()
+    (built.folder / "data/finetune/.rows.jsonl.swp").write_text("z")
+    assert built.make("all") == []
+
+
+def test_stages_drop_out_of_the_chain(kit: Kit):
+    assert kit.make("all", "STAGES=sft dpo") == ["base", "sft", "sft+", "dpo", "dpo+", "eval"]
+    calls = {name_of(call): call for call in kit.calls()}
+    assert "--model_name_or_path outputs-base/tiny/model" in calls["sft"]
+    assert "--model_name_or_path outputs-sft/tiny/model" in calls["dpo"]
+    assert "--models base=outputs-base/tiny/model sft=outputs-sft/tiny/model dpo=" in calls["eval"]
+    assert "--reward_model" not in calls["eval"]
+    assert kit.make("rm", "STAGES=pt") == ["pt", "pt+", "rm", "rm+"]
+    assert "--model_name_or_path outputs-pt/tiny/model" in kit.calls()[2]
+    assert kit.make("dpo", "STAGES=dpo") == []
+    shutil.rmtree(kit.folder / "outputs-dpo")
+    assert kit.make("dpo", "STAGES=dpo") == ["dpo", "dpo+"]
+    assert "--model_name_or_path outputs-base/tiny/model" in kit.calls()[0]
+
+
+def test_a_stage_makes_only_what_it_needs(kit: Kit):
+    assert kit.make("sft") == ["base", "pt", "pt+", "sft", "sft+"]
+    assert kit.make("merge-dpo") == ["dpo", "dpo+"]
+
+
+def test_args_go_to_the_stages_named_and_force_them(kit: Kit):
+    assert kit.make("sft", "ARGS=--learning_rate 1e-4") == ["base", "pt", "pt+", "sft", "sft+"]
+    assert [name_of(c) for c in kit.calls() if c.endswith(" --learning_rate 1e-4")] == ["sft"]
+    assert kit.make("sft") == []
+    assert kit.make("sft", "ARGS=--learning_rate 1e-4") == ["sft", "sft+"]
+    assert kit.make("all", "ARGS=--seed 7") == ["pt", "pt+", *SFT_ON]
+    assert [name_of(c) for c in kit.calls() if c.endswith(" --seed 7")] == list(STAGES)
+    assert kit.make("all") == []
+    assert kit.make("all", ARGS="--seed 7") == []  # a variable left in the environment forces nothing
+
+
+def test_a_base_model_named_on_the_command_line_counts(built: Kit):
+    assert built.make("base", "BASE_MODEL=Qwen/Qwen3-0.6B") == ["base"]
+    assert "--model_name_or_path Qwen/Qwen3-0.6B" in built.calls()[0]
+    assert "--train_file_dir" not in built.calls()[0]
+    assert built.make("base", "BASE_MODEL=Qwen/Qwen3-0.6B") == []
+    assert built.make("base") == ["base"]
+
+
+def test_pretraining_data_is_nothing_to_a_base_that_is_fetched(kit: Kit):
+    recipe = kit.folder / "recipes/tiny/recipe.mk"
+    recipe.write_text(recipe.read_text().replace("BASE_MODEL :=", "BASE_MODEL := Qwen/Qwen2.5-3B"))
+    assert kit.make("base") == ["base"]
+    kit.age()
+    (kit.folder / "data/pretrain/rows.jsonl").touch()
+    assert kit.make("base") == []
+    assert kit.make("pt") == ["pt", "pt+"]
+
+
+def test_a_failed_merge_is_done_again_without_training(kit: Kit):
+    assert kit.run("make", "sft", "STAGES=sft", FAIL="merge").returncode == 2
+    assert (kit.folder / "outputs-sft/tiny/TRAINED").exists()
+    assert kit.make("sft", "STAGES=sft") == ["sft+"]
+
+
+def test_a_failed_stage_stops_the_chain_and_runs_again(kit: Kit):
+    done = kit.run("make", "all", FAIL="supervised")
+    assert done.returncode == 2
+    assert [name_of(call) for call in kit.calls()] == ["base", "pt", "pt+", "sft"]
+    assert kit.make("all") == SFT_ON
+
+
+def test_one_stage_at_a_time_even_with_j(kit: Kit):
+    assert kit.make("-j", "8", "all") == EVERYTHING
+
+
+def test_two_gpus_mean_two_processes(kit: Kit):
+    kit.make("sft", "STAGES=sft", "GPUS=0,1")
+    base, sft, merge = kit.calls()
+    assert sft.startswith(
+        "-m torch.distributed.run --nproc_per_node 2 --standalone python/supervised_finetuning.py --config "
+    )
+    assert base.startswith("python/build_base.py ")
+    assert merge.startswith("python/merge_lora.py ")
+
+
+def test_a_recipe_of_its_own_folder_and_data(kit: Kit):
+    shutil.copytree(kit.folder / "recipes/tiny", kit.folder / "recipes/mine")
+    kit.make("sft", "RECIPE=mine", "STAGES=sft", "SFT_DATA=data/eval")
+    assert "--train_file_dir data/eval --output_dir outputs-sft/mine" in kit.calls()[1]
+    assert not (kit.folder / "outputs-sft/tiny").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["all", "RECIPE=tinny"],
+            'RECIPE="tinny" is not in recipes/ (there: other, tiny); did you mean tiny?',
+        ),
+        (["-n", "all", "RECIPE=zzz"], 'RECIPE="zzz" is not in recipes/ (there: other, tiny)'),
+        (
+            ["clean-sft", "RECIPE=../tiny"],
+            'RECIPE="../tiny" is not in recipes/ (there: other, tiny); did you mean tiny?',
+        ),
+        (
+            ["all", "RECIPE=tiny other"],
+            'RECIPE="tiny other" is more than one word; a recipe is one of: other, tiny',
+        ),
+        (
+            ["all", "STAGES=sft dop ppo"],
+            'STAGES="sft dop ppo": no stage is called dop, ppo; there are pt, sft, rm, dpo',
+        ),
+        (["pt", "serv"], "no target is called serv (`make` lists them); did you mean serve?"),
+        (["status", "qqqq"], "no target is called qqqq (`make` lists them)"),
+        (
+            ["merge-sft", "ARGS=--x"],
+            "ARGS are for base, pt, sft, rm, dpo, eval, all, chat and serve; named here: merge-sft",
+        ),
+        (
+            ["dpo", "SFT_DATA=data/none", "DPO_DATA=gone"],
+            "missing: data/none, gone (data folders: PT_DATA, SFT_DATA, RM_DATA, DPO_DATA, EVAL_DATA)",
+        ),
+        (
+            ["all", "RECIPE=other"],
+            "missing: recipes/other/dpo.yaml (data folders: PT_DATA, SFT_DATA, RM_DATA, DPO_DATA, EVAL_DATA)",
+        ),
+    ],
+)
+def test_mistakes_are_told_in_one_line_before_anything_runs(kit: Kit, words: list, message: str):
+    shutil.copytree(kit.folder / "recipes/tiny", kit.folder / "recipes/other")
+    (kit.folder / "recipes/other/dpo.yaml").unlink()
+    done = kit.run("make", *words)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.sub(r"^Makefile:\d+: ", "", done.stderr) == f"*** {message}.  Stop.\n"
+    assert kit.calls() == []
+
+
+def test_help_setup_and_lint_work_with_a_wrong_recipe(kit: Kit):
+    for target in ("help", "setup", "test", "lint"):
+        assert kit.run("make", "-n", target, "RECIPE=none").returncode == 0
+
+
+def test_help_shows_every_target_and_variable(kit: Kit):
+    text = kit.run("make", "GPUS=0,1").stdout
+    assert max(map(len, text.splitlines())) <= 100
+    for target in ("setup", "base", *STAGES, "merge-STAGE", "eval", "all", "chat", "serve", "tensorboard"):
+        assert re.search(rf"^  {target} +\w", text, re.MULTILINE), target
+    for target in ("status", "data", "test", "lint", "clean-STAGE"):
+        assert re.search(rf"^  {target} +\w", text, re.MULTILINE), target
+    for variable, value in (
+        ("RECIPE", "tiny"),
+        ("STAGES", "pt sft rm dpo"),
+        ("GPUS", "0,1"),
+        ("NNODES", "1"),
+        ("MASTER_PORT", "29500"),
+        ("HOST", "127.0.0.1"),
+    ):
+        assert re.search(rf"^  {variable} +{value} +\w", text, re.MULTILINE), variable
+    for variable in ("ARGS", "NPROC", "NODE_RANK", "MASTER_ADDR", "DEEPSPEED", "ENV", "PORT", "MODEL"):
+        assert re.search(rf"^  {variable} ", text, re.MULTILINE), variable
+
+
+def test_a_shells_own_variables_are_not_taken_for_ours(kit: Kit):
+    text = kit.run("make", ENV="/home/me/.shrc", HOST="x86_64-conda-linux-gnu").stdout
+    assert ".shrc" not in text
+    assert "conda" not in text
+    assert re.search(r"^  ENV +gpu ", kit.run("make", ENV="gpu").stdout, re.MULTILINE)
+
+
+def test_clean_removes_one_stage_of_one_recipe(built: Kit):
+    done = built.run("make", "clean-sft")
+    assert done.stdout == "rm -rf outputs-sft/tiny\n"
+    assert not (built.folder / "outputs-sft/tiny").exists()
+    assert (built.folder / "outputs-dpo/tiny/DONE").exists()
+    assert built.make("all") == SFT_ON
+
+
+def test_clean_alone_refuses(built: Kit):
+    done = built.run("make", "clean")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0] == (
+        "make clean would throw away hours of training: say which, e.g. make clean-sft RECIPE=tiny"
+    )
+    assert (built.folder / "outputs-base/tiny/DONE").exists()
+
+
+def test_an_interpreter_of_the_users_own_needs_no_venv(kit: Kit):
+    (kit.folder / ".venv/bin/python").rename(kit.folder / "mypython")
+    shutil.rmtree(kit.folder / ".venv")
+    assert kit.make("base", f"PYTHON={kit.folder}/mypython") == ["base"]
+    assert kit.run("make", "-n", "base").stdout.splitlines()[0] == "scripts/setup.sh"
+
+
+def test_chat_prints_the_answer_alone(built: Kit):
+    done = built.run("make", "chat", stdin="问题\n")  # what stands in for chat.py gives its question back
+    assert (done.returncode, done.stdout, done.stderr) == (0, "问题\n", "")
+    assert built.calls()[-1] == "python/chat.py --model outputs-dpo/tiny/model"
+    built.age()
+    (built.folder / "outputs-sft/tiny/DONE").touch()
+    assert built.run("make", "chat", "ARGS=--max_new_tokens 5", stdin="x").returncode == 0
+    assert built.calls()[-1] == "python/chat.py --model outputs-sft/tiny/model --max_new_tokens 5"
+    built.run("make", "chat", "MODEL=outputs-pt/tiny/model", stdin="x")
+    assert built.calls()[-1] == "python/chat.py --model outputs-pt/tiny/model"
+
+
+def test_chat_without_a_model_says_how_to_get_one(kit: Kit):
+    done = kit.run("make", "chat", stdin="x")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0] == (
+        "RECIPE=tiny: no finished model yet; run: make sft RECIPE=tiny, or name a model: MODEL=FOLDER"
+    )
+    done = kit.run("make", "chat", "MODEL=data", stdin="x")
+    assert done.stderr.splitlines()[0] == "MODEL=data: not a complete model's folder (no config.json there)"
+
+
+def test_status_tells_how_far_each_stage_is(built: Kit):
+    outputs = {stage: built.folder / f"outputs-{stage}/tiny" for stage in ("base", *STAGES, "eval")}
+    step = {"time": time.time(), "step": 5, "steps": 48, "loss": 0.25, "lr": 1e-4}
+    (outputs["pt"] / "logs/progress.jsonl").write_text(
+        json.dumps(step)
+        + "\n"
+        + json.dumps({"step": 6, "eval_loss": 2.0, "steps": 48})
+        + '\n{"step": 7, "ste'
+    )
+    (outputs["sft"] / "DONE").unlink()
+    for stage, process in (
+        ("rm", os.getpid()),
+        ("dpo", 2**22 + 1),
+    ):  # pytest is a Python that lives; no such id
+        (outputs[stage] / "DONE").unlink()
+        (outputs[stage] / "TRAINED").unlink()
+        (outputs[stage] / ".lock").write_text(f"process {process} since now")
+    shutil.rmtree(outputs["eval"])
+    done = built.run("make", "status")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].split() == [
+        "stage",
+        "state",
+        "step",
+        "loss",
+        "last",
+        "change",
+        "on",
+        "disk",
+    ]
+    lines = {line.split()[0]: line for line in done.stdout.splitlines()[1:]}
+    assert re.fullmatch(r"base +done +\d{4}-\d\d-\d\d \d\d:\d\d +0 kB", lines["base"])
+    assert re.fullmatch(r"pt +done +6/48 +0.25 .*", lines["pt"])
+    assert re.fullmatch(r"sft +trained, not merged .*", lines["sft"])
+    assert re.fullmatch(r"rm +running .*", lines["rm"])
+    assert re.fullmatch(r"dpo +unfinished .*", lines["dpo"])
+    assert lines["eval"] == "eval   not started"
+    assert built.run("python3", "python/show_status.py", "--recipe", "none").stderr == (
+        "--recipe none: not in recipes/ (there: tiny)\n"
+    )
+
+
+def test_a_run_without_a_lock_counts_as_running_while_its_steps_are_fresh(kit: Kit):
+    log = kit.folder / "outputs-pt/tiny/logs/progress.jsonl"
+    log.parent.mkdir(parents=True)
+    for age, state in ((100, "running"), (140, "unfinished")):
+        log.write_text(json.dumps({"time": time.time() - age, "step": 1, "steps": 2}) + "\n")
+        assert re.search(rf"^pt +{state} +1/2", kit.run("make", "status").stdout, re.MULTILINE)
+
+
+def test_data_checks_every_folder_once(kit: Kit):
+    done = kit.run("make", "data")
+    assert done.returncode == 0
+    assert kit.calls() == [
+        f"python/prepare_data.py check data/{folder} --stage {stage}"
+        for folder, stage in (("pretrain", "pt"), ("finetune", "sft"), ("reward", "dpo"))
+    ]
+
+
+def test_data_goes_on_after_a_fault_and_fails(kit: Kit):
+    assert kit.run("make", "data", FAIL="prepare_data").returncode == 2
+    assert len(kit.calls()) == 3
+
+
+def test_tensorboard_before_any_run_says_so(kit: Kit):
+    done = kit.run("make", "tensorboard")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0] == "no outputs-*/tiny/logs yet: run a stage first"
+
+
+def test_tensorboard_shows_every_stage_on_loopback(built: Kit):
+    assert built.run("make", "tensorboard", "PORT=7007").returncode == 0
+    assert built.calls()[-1] == (
+        "-m tensorboard.main --host 127.0.0.1 --port 7007 --logdir_spec "
+        "dpo:outputs-dpo/tiny/logs,pt:outputs-pt/tiny/logs,rm:outputs-rm/tiny/logs,sft:outputs-sft/tiny/logs"
+    )
