@@ -110,10 +110,12 @@ BEFORE_pt := base
 BEFORE_sft := $(or $(filter pt,$(STAGES)),base)
 BEFORE_rm := $(or $(filter sft,$(STAGES)),$(BEFORE_sft))
 BEFORE_dpo := $(BEFORE_rm)
-DATA_pt := $(PT_DATA)
-DATA_sft := $(SFT_DATA)
-DATA_rm := $(RM_DATA)
-DATA_dpo := $(DPO_DATA)
+# Without the last slash, so that data/finetune/ is no other folder than data/finetune.
+DATA_pt := $(PT_DATA:%/=%)
+DATA_sft := $(SFT_DATA:%/=%)
+DATA_rm := $(RM_DATA:%/=%)
+DATA_dpo := $(DPO_DATA:%/=%)
+DATA_eval := $(EVAL_DATA:%/=%)
 
 done = outputs-$1/$(RECIPE)/DONE
 
@@ -138,7 +140,6 @@ forced = $(if $(call flags,$1),FORCE)
 chain = $(if $1,$(call chain,$(BEFORE_$1)) $1)
 WANTED := $(sort $(foreach goal,$(GOALS:merge-%=%),$(call chain,$(filter $(ALL_STAGES),$(goal)))) \
   $(if $(filter all eval,$(GOALS)),$(foreach stage,$(STAGES),$(call chain,$(stage))) eval))
-DATA_eval := $(EVAL_DATA)
 NEEDED := $(sort $(foreach stage,$(WANTED),$(DATA_$(stage)) $(if $(DATA_$(stage)),recipes/$(RECIPE)/$(stage).yaml)))
 MISSING := $(strip $(foreach path,$(NEEDED),$(if $(wildcard $(path)),,$(path))))
 ifneq ($(MISSING),)
@@ -146,24 +147,24 @@ ifneq ($(MISSING),)
     DPO_DATA$(COMMA) EVAL_DATA))
 endif
 
-# BASE_MODEL given on the command line leaves no file behind that is newer: look at what the base was made from.
-BASE_RUN := outputs-base/$(RECIPE)/run.json
-BASE_NAME := $(if $(BASE_MODEL),"$(BASE_MODEL)",null)
-BASE_CHANGED := $(if $(wildcard $(BASE_RUN)),$(shell \
-  grep -qF '"model_name_or_path": $(BASE_NAME)' $(BASE_RUN) || echo FORCE))
+# Another BASE_MODEL, STAGES or data folder than last time leaves no newer file behind, so ask the run itself what
+# it was made from: FORCE unless run.json of stage $1 names the model $2 and the data folder $3.
+other = $(foreach run,$(wildcard outputs-$1/$(RECIPE)/run.json),$(if $(filter 2,$(shell \
+  grep -cF -e '"model_name_or_path": $2' -e '"train_file_dir": $3' $(run))),,FORCE))
 
 # Each recipe below notes in RAN that it was reached, so that a target can tell "up to date" from "just made".
 
 $(call done,base): recipes/$(RECIPE)/recipe.mk $(wildcard recipes/$(RECIPE)/base.yaml) \
-    $(if $(BASE_MODEL),,$(call files,$(PT_DATA))) $(BASE_CHANGED) $(call forced,base) | $(ENVIRONMENT)
-	$(eval RAN += base)RECIPE=$(RECIPE) BASE_MODEL='$(BASE_MODEL)'$(if $(BASE_MODEL),, DATA='$(PT_DATA)') $(strip \
+    $(if $(BASE_MODEL),,$(call files,$(DATA_pt))) $(call forced,base) \
+    $(call other,base,$(if $(BASE_MODEL),"$(BASE_MODEL)",null),$(if $(BASE_MODEL),null,"$(DATA_pt)")) | $(ENVIRONMENT)
+	$(eval RAN += base)RECIPE=$(RECIPE) BASE_MODEL='$(BASE_MODEL)'$(if $(BASE_MODEL),, DATA='$(DATA_pt)') $(strip \
 	  scripts/run_base.sh)$(call flags,base)
 
 # A training stage, $1: train (TRAINED), then make the complete model (DONE). Two files, so that a merge that
 # failed is done again without training again. $$ is for what must wait until Make reads the rule, or runs it.
 define training-stage
 outputs-$1/$(RECIPE)/TRAINED: recipes/$(RECIPE)/$1.yaml $$(call files,$(DATA_$1)) $$(call done,$(BEFORE_$1)) \
-    $$(call forced,$1) | $$(ENVIRONMENT)
+    $$(call forced,$1) $$(call other,$1,"outputs-$(BEFORE_$1)/$(RECIPE)/model","$(DATA_$1)") | $$(ENVIRONMENT)
 	$$(eval RAN += $1)RECIPE=$(RECIPE) FROM=$(BEFORE_$1) DATA='$(DATA_$1)' scripts/run_$1.sh$$(call flags,$1)
 
 outputs-$1/$(RECIPE)/DONE: outputs-$1/$(RECIPE)/TRAINED | $$(ENVIRONMENT)
@@ -172,9 +173,9 @@ endef
 
 $(foreach stage,$(ALL_STAGES),$(eval $(call training-stage,$(stage))))
 
-$(call done,eval): recipes/$(RECIPE)/eval.yaml $(call files,$(EVAL_DATA)) \
+$(call done,eval): recipes/$(RECIPE)/eval.yaml $(call files,$(DATA_eval)) \
     $(foreach stage,base $(STAGES),$(call done,$(stage))) $(call forced,eval) | $(ENVIRONMENT)
-	$(eval RAN += eval)RECIPE=$(RECIPE) STAGES='$(STAGES)' DATA='$(EVAL_DATA)' scripts/run_eval.sh$(call flags,eval)
+	$(eval RAN += eval)RECIPE=$(RECIPE) STAGES='$(STAGES)' DATA='$(DATA_eval)' scripts/run_eval.sh$(call flags,eval)
 
 .venv/.stagecraft-env: $(wildcard requirements/*.txt)
 	scripts/setup.sh
@@ -207,8 +208,10 @@ help: ## this text
 setup: ## make .venv with everything pinned (stages do it when it's missing)
 	scripts/setup.sh
 
+# Reward model and DPO want the same rows: one look is enough where both take them from the same folder.
+SAME_DATA := $(if $(filter dpo,$(STAGES)),$(if $(filter $(DATA_rm),$(DATA_dpo)),rm))
 data: $(ENVIRONMENT) ## check every row of the recipe's data, without training
-	@status=0; $(foreach stage,$(filter-out $(if $(filter $(RM_DATA),$(DPO_DATA)),rm),$(STAGES)), \
+	@status=0; $(foreach stage,$(filter-out $(SAME_DATA),$(STAGES)), \
 	  $(VENV_PYTHON) python/prepare_data.py check '$(DATA_$(stage))' --stage $(stage) || status=$$?;) exit $$status
 
 ##@ Stages (each makes what it needs first; up to date = nothing runs)

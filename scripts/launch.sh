@@ -106,7 +106,7 @@ fi
 
 # ---- The command
 
-if [[ -n ${GPUS:-} ]] && ((cuda == 0)); then
+if [[ -n ${GPUS:-} && -z ${NPROC:-} ]] && ((cuda == 0)); then
   echo "GPUS=$GPUS: no CUDA device here, so $processes CPU process$( ((processes == 1)) || echo es)"
 fi
 command=("$python")

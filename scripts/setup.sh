@@ -23,7 +23,8 @@ say() { echo "setup: $*"; }
 
 # First interpreter that can make the environment. trl 1.16 wants 3.11; 3.11 is what the locks were made with.
 find_python() {
-  local name reason="no Python 3.11 or newer on PATH: install one (Debian, Ubuntu: apt-get install python3 python3-venv)"
+  local name reason="no Python 3.11 or newer on PATH: install one (Debian 12, Ubuntu 22.04: apt-get install \
+python3.11-venv; newer: python3-venv)"
   for name in python3.11 python3.12 python3.13 python3; do
     "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue
     if "$name" -c 'import ensurepip, venv' 2>/dev/null; then

@@ -29,7 +29,7 @@ class Kit:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name in ("Makefile", "scripts", "recipes"):
+        for name in ("Makefile", "scripts", "recipes/tiny"):
             source = ROOT / name
             (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
         for name in ("python", "ds_configs", "bin", "model", ".venv/bin"):

@@ -19,21 +19,23 @@ PYTHON = r"""#!/usr/bin/env bash
 # Note the call; leave what the script would have left; with FAIL=name, leave nothing and fail.
 set -eu
 echo "$*" >>calls.log
-script=x output='' stage='' base=null
+script=x output='' stage='' model=null data=null
 while (($#)); do
   case $1 in
     python/*.py) script=$1 ;;
     --output_dir) output=$2 ;;
     --stage_dir) stage=$2 ;;
-    --model_name_or_path) base="\"$2\"" ;;
+    --model_name_or_path) model="\"$2\"" ;;
+    --train_file_dir) data="\"$2\"" ;;
   esac
   shift
 done
 [[ $script != *"${FAIL:-nothing}"* ]] || exit 3
+run() { printf '"model_name_or_path": %s,\n"train_file_dir": %s\n' "$model" "$data" >"$output/run.json"; }
 case $script in
   python/build_base.py)
     mkdir -p "$output/model"
-    echo "\"model_name_or_path\": $base" >"$output/run.json"
+    run
     touch "$output/DONE"
     ;;
   python/evaluate_model.py) mkdir -p "$output"; touch "$output/DONE" ;;
@@ -43,7 +45,12 @@ case $script in
     touch "$stage/model/config.json" "$stage/DONE"
     ;;
   python/chat.py) cat ;;
-  python/*ing.py) mkdir -p "$output/logs"; rm -f "$output/DONE"; touch "$output/TRAINED" ;;
+  python/*ing.py)
+    mkdir -p "$output/logs"
+    rm -f "$output/DONE"
+    run
+    touch "$output/TRAINED"
+    ;;
 esac
 """
 STAGES = ("pt", "sft", "rm", "dpo")
@@ -64,7 +71,7 @@ class Kit:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name in ("Makefile", "scripts", "recipes"):
+        for name in ("Makefile", "scripts", "recipes/tiny"):
             source = ROOT / name
             copy = shutil.copytree if source.is_dir() else shutil.copy
             copy(source, folder / name)
@@ -252,9 +259,7 @@ def test_stages_drop_out_of_the_chain(kit: Kit):
     assert "--reward_model" not in calls["eval"]
     assert kit.make("rm", "STAGES=pt") == ["pt", "pt+", "rm", "rm+"]
     assert "--model_name_or_path outputs-pt/tiny/model" in kit.calls()[2]
-    assert kit.make("dpo", "STAGES=dpo") == []
-    shutil.rmtree(kit.folder / "outputs-dpo")
-    assert kit.make("dpo", "STAGES=dpo") == ["dpo", "dpo+"]
+    assert kit.make("dpo", "STAGES=dpo") == ["dpo", "dpo+"]  # it was made from sft before
     assert "--model_name_or_path outputs-base/tiny/model" in kit.calls()[0]
 
 
@@ -280,6 +285,15 @@ def test_a_base_model_named_on_the_command_line_counts(built: Kit):
     assert "--train_file_dir" not in built.calls()[0]
     assert built.make("base", "BASE_MODEL=Qwen/Qwen3-0.6B") == []
     assert built.make("base") == ["base"]
+
+
+def test_another_data_folder_counts_even_if_its_files_are_old(built: Kit):
+    assert built.make("all", "SFT_DATA=data/finetune/") == []
+    shutil.copytree(built.folder / "data/finetune", built.folder / "data/mine")
+    built.age()
+    assert built.make("sft", "SFT_DATA=data/mine") == ["sft", "sft+"]
+    assert built.make("sft", "SFT_DATA=data/mine") == []
+    assert planned(built, "sft") == ["sft", "sft+"]
 
 
 def test_pretraining_data_is_nothing_to_a_base_that_is_fetched(kit: Kit):
@@ -507,6 +521,11 @@ def test_data_checks_every_folder_once(kit: Kit):
         f"python/prepare_data.py check data/{folder} --stage {stage}"
         for folder, stage in (("pretrain", "pt"), ("finetune", "sft"), ("reward", "dpo"))
     ]
+
+
+def test_data_of_the_reward_model_alone_is_checked(kit: Kit):
+    kit.run("make", "data", "STAGES=rm")
+    assert kit.calls() == ["python/prepare_data.py check data/reward --stage rm"]
 
 
 def test_data_goes_on_after_a_fault_and_fails(kit: Kit):
