@@ -14,11 +14,10 @@ from stagecraft.errors import run_main
 
 def main() -> None:
     model_args, lora_args, data_args, run_args, training = parse(
-        __doc__, ModelArguments, LoraArguments, PretrainingDataArguments, RunArguments, trainer="pretraining"
+        __doc__, ModelArguments, LoraArguments, PretrainingDataArguments, RunArguments, trainer="transformers"
     )
     models.check_training_arguments(model_args, lora_args, training)
     with run.stage("pt", run_args, model_args, lora_args, data_args, training=training) as stage:
-        from peft import get_peft_model
         from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
 
         models.check_devices(model_args)
@@ -29,12 +28,8 @@ def main() -> None:
         print(documents.describe(), flush=True)
         set_seed(args.seed)
         model, adapter = models.load_for_training(model_args, lora_args)
-        if adapter is not None:
-            model = get_peft_model(model, adapter)
-        if lora_args.use_peft and args.gradient_checkpointing:
-            model.enable_input_require_grads()  # else nothing before the first adapter has a gradient to recompute
         trainer = Trainer(
-            model=model,
+            model=models.add_adapter(model, adapter, args),
             args=args,
             train_dataset=documents.train,
             eval_dataset=documents.valid,

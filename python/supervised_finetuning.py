@@ -13,17 +13,14 @@ from stagecraft.errors import run_main
 
 def main() -> None:
     model_args, lora_args, data_args, run_args, training = parse(
-        __doc__, ModelArguments, LoraArguments, SFTDataArguments, RunArguments, trainer="sft"
+        __doc__, ModelArguments, LoraArguments, SFTDataArguments, RunArguments, trainer="transformers"
     )
     models.check_training_arguments(model_args, lora_args, training)
     with run.stage("sft", run_args, model_args, lora_args, data_args, training=training) as stage:
-        from transformers import DataCollatorForSeq2Seq, set_seed
-        from trl import SFTConfig, SFTTrainer
+        from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
 
         models.check_devices(model_args)
-        args = stage.configure(
-            SFTConfig, training, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
-        )
+        args = stage.configure(TrainingArguments, training)
         tokenizer = models.load_tokenizer(model_args.model_name_or_path, model_args.trust_remote_code)
         template = templates.load_template(tokenizer, data_args.template_name)
         with args.main_process_first():
@@ -31,13 +28,12 @@ def main() -> None:
         print(conversations.describe(), flush=True)
         set_seed(args.seed)
         model, adapter = models.load_for_training(model_args, lora_args)
-        trainer = SFTTrainer(
-            model=model,
+        trainer = Trainer(
+            model=models.add_adapter(model, adapter, args),
             args=args,
             train_dataset=conversations.train,
             eval_dataset=conversations.valid,
             processing_class=tokenizer,
-            peft_config=adapter,
             data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
         )
         stage.train(trainer, conversations)

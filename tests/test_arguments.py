@@ -19,7 +19,6 @@ from stagecraft.arguments import (
     LoraArguments,
     ModelArguments,
     PreferenceDataArguments,
-    PretrainingDataArguments,
     RunArguments,
     SFTDataArguments,
     parse,
@@ -30,15 +29,14 @@ from stagecraft.flags import trainer_flags
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.name for path in (ROOT / "python").glob("*.py"))
 STAGES = {
-    "pretraining": PretrainingDataArguments,
-    "sft": SFTDataArguments,
+    "transformers": SFTDataArguments,
     "reward": PreferenceDataArguments,
     "dpo": PreferenceDataArguments,
 }
 NEEDED = ["--model_name_or_path", "M", "--train_file_dir", "T", "--output_dir", "O"]
 
 
-def parse_stage(*flags: str, trainer: str = "sft", needed: list[str] = NEEDED) -> dict:
+def parse_stage(*flags: str, trainer: str = "transformers", needed: list[str] = NEEDED) -> dict:
     """Every argument of a training stage in one dict; trainer flags only where they were set."""
     groups = (ModelArguments, LoraArguments, STAGES[trainer], RunArguments)
     *instances, training = parse("a stage", *groups, trainer=trainer, argv=[*needed, *flags])
@@ -264,11 +262,9 @@ def test_what_a_refusal_names_exists():
 
 def config_class(trainer: str) -> type:
     from transformers import TrainingArguments
-    from trl import DPOConfig, RewardConfig, SFTConfig
+    from trl import DPOConfig, RewardConfig
 
-    return {"pretraining": TrainingArguments, "sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig}[
-        trainer
-    ]
+    return {"transformers": TrainingArguments, "reward": RewardConfig, "dpo": DPOConfig}[trainer]
 
 
 @pytest.mark.parametrize("trainer", STAGES)

@@ -22,8 +22,7 @@ from stagecraft.errors import UserError
 _TRAINING = [("transformers", "training_args.py", "TrainingArguments")]
 _TRL = [*_TRAINING, ("trl", "trainer/base_config.py", "_BaseConfig")]
 TRAINERS = {
-    "pretraining": _TRAINING,
-    "sft": [*_TRL, ("trl", "trainer/sft_config.py", "SFTConfig")],
+    "transformers": _TRAINING,
     "reward": [*_TRL, ("trl", "trainer/reward_config.py", "RewardConfig")],
     "dpo": [*_TRL, ("trl", "trainer/dpo_config.py", "DPOConfig")],
 }

@@ -12,8 +12,8 @@ from stagecraft.arguments import LoraArguments, ModelArguments
 from stagecraft.errors import UserError
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 # A classification head (score) is trained and saved in full beside the adapter of a reward model.
 REWARD_HEAD = "score"
@@ -117,6 +117,21 @@ def load_for_training(
         return PeftModel.from_pretrained(model, lora.peft_path, is_trainable=True), None
     _check_target_modules(model, lora)
     return model, _adapter(lora, task)
+
+
+def add_adapter(
+    model: PreTrainedModel, adapter: LoraConfig | None, args: TrainingArguments
+) -> PreTrainedModel | PeftModel:
+    """The model with its adapter, for transformers' own Trainer (TRL's trainers do this themselves)."""
+    from peft import PeftModel, get_peft_model
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if adapter is not None:
+        # ZeRO-3 gathers parameters of one dtype only: fp32 adapters on a bf16 base would stop its first step.
+        model = get_peft_model(model, adapter, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
+    if isinstance(model, PeftModel) and args.gradient_checkpointing:
+        model.enable_input_require_grads()  # else nothing before the first adapter has a gradient to recompute
+    return model
 
 
 def check_training_arguments(args: ModelArguments, lora: LoraArguments, training: dict[str, Any]) -> None:

@@ -145,7 +145,7 @@ class Stage:
             shutil.rmtree(temporary, ignore_errors=True)
         trainer.accelerator.wait_for_everyone()
         trainer.save_model(str(temporary))  # every rank: gathering ZeRO-3 weights is a collective
-        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()  # DeepSpeed with offloading aborts at exit when the process group still stands
         if not self.is_main:
             return
         tokenizer.save_pretrained(temporary)
