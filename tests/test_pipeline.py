@@ -107,7 +107,7 @@ def test_what_is_up_to_date_does_not_run(finished: Path) -> None:
 
 
 def test_changed_data_reruns_its_stage_and_what_follows(finished: Path) -> None:
-    """Last of the tests on this folder: from here on it is out of date."""
+    """From here on the folder is out of date; the tests below only look at what is there."""
     file = finished / "data" / "finetune" / "train.jsonl"
     file.write_text(file.read_text().split("\n", 1)[1])
     would = make(finished, "-n", "all").stdout
