@@ -19,10 +19,10 @@ MAKEFLAGS += --no-builtin-rules
 ## RECIPE the model and its settings: a folder in recipes/
 RECIPE ?= tiny
 ALL_STAGES := pt sft rm dpo
-MERGES := $(ALL_STAGES:%=merge-%)
-CLEANS := $(patsubst %,clean-%,base $(ALL_STAGES) eval)
-TARGETS := help setup data base $(ALL_STAGES) $(MERGES) eval all chat serve status tensorboard test lint \
-  clean $(CLEANS)
+MERGES := $(patsubst %,merge-%,$(ALL_STAGES) ppo)
+CLEANS := $(patsubst %,clean-%,base $(ALL_STAGES) eval export)
+TARGETS := help setup data base $(ALL_STAGES) $(MERGES) eval all chat serve export status tensorboard test \
+  lint clean $(CLEANS)
 .PHONY: FORCE $(TARGETS)
 GOALS := $(or $(MAKECMDGOALS),help)
 RECIPES := $(sort $(patsubst recipes/%/recipe.mk,%,$(wildcard recipes/*/recipe.mk)))
@@ -61,6 +61,11 @@ GPUS ?=
 # Only from the command line: ARGS force a stage to run again, which a forgotten environment variable must not do.
 ## ARGS flags for the stages named on the command line, which then run again
 ARGS :=
+# These two as well: STAGE and FORMAT in an environment are most likely another program's.
+## STAGE whose model make export takes: base, pt, sft, dpo or ppo
+STAGE := $(or $(lastword $(filter-out rm,$(STAGES))),base)
+## FORMAT of make export: fp8 or int8
+FORMAT := fp8
 ## NPROC processes, when not one a device
 NPROC ?=
 ## NNODES machines that train together
@@ -97,7 +102,7 @@ DPO_DATA ?= data/reward
 EVAL_DATA ?= data/eval
 
 # How the scripts, and the help, get them.
-export RECIPE STAGES GPUS ARGS NPROC NNODES NODE_RANK MASTER_ADDR MASTER_PORT DEEPSPEED ENV HOST PORT MODEL
+export RECIPE STAGES GPUS ARGS STAGE FORMAT NPROC NNODES NODE_RANK MASTER_ADDR MASTER_PORT DEEPSPEED ENV HOST PORT MODEL
 export PYTHON PT_DATA SFT_DATA RM_DATA DPO_DATA EVAL_DATA
 
 # ---- The graph --------------------------------------------------------------------------------------------------
@@ -127,18 +132,28 @@ files = $(shell find -L '$1' -name '.*' ! -path '$1' -prune -o ! -name '*[()]' -
 
 # ARGS belong to the stages named on the command line (`all` names every stage of the chain), not to those that
 # are built on the way there. They change the result, so these stages are made again even if they are up to date.
-TAKE_ARGS := $(filter base $(ALL_STAGES) eval,$(GOALS)) $(if $(filter all,$(GOALS)),$(STAGES))
+TAKE_ARGS := $(filter base $(ALL_STAGES) eval export,$(GOALS)) $(if $(filter all,$(GOALS)),$(STAGES))
 ifneq ($(strip $(ARGS)),)
-  ifeq ($(filter base $(ALL_STAGES) eval all chat serve,$(GOALS)),)
-    $(error ARGS are for base, pt, sft, rm, dpo, eval, all, chat and serve; named here: $(call listed,$(GOALS)))
+  ifeq ($(filter base $(ALL_STAGES) eval all chat serve export,$(GOALS)),)
+    $(error ARGS are for base, pt, sft, rm, dpo, eval, all, chat, serve and export; named here: $(call listed,$(GOALS)))
   endif
 endif
 flags = $(if $(filter $1,$(TAKE_ARGS)),$(if $(strip $(ARGS)), $(ARGS)))
 forced = $(if $(call flags,$1),FORCE)
 
+ifneq ($(filter export,$(GOALS)),)
+  ifneq ($(words $(STAGE)) $(filter-out base pt sft dpo ppo,$(STAGE)),1 )
+    $(error STAGE="$(STAGE)": must be base, pt, sft, dpo or ppo$(if $(filter rm,$(STAGE)),; a reward model scores \
+      answers and gives none))
+  else ifneq ($(words $(FORMAT)) $(filter-out fp8 int8,$(FORMAT)),1 )
+    $(error FORMAT="$(FORMAT)": must be fp8 or int8)
+  endif
+endif
+
 # What isn't there is told before the first stage, not after the hours of those ahead of it.
 chain = $(if $1,$(call chain,$(BEFORE_$1)) $1)
 WANTED := $(sort $(foreach goal,$(GOALS:merge-%=%),$(call chain,$(filter $(ALL_STAGES),$(goal)))) \
+  $(if $(filter export,$(GOALS)),$(call chain,$(filter $(ALL_STAGES),$(STAGE)))) \
   $(if $(filter all eval,$(GOALS)),$(foreach stage,$(STAGES),$(call chain,$(stage))) eval))
 NEEDED := $(sort $(foreach stage,$(WANTED),$(DATA_$(stage)) $(if $(DATA_$(stage)),recipes/$(RECIPE)/$(stage).yaml)))
 MISSING := $(strip $(foreach path,$(NEEDED),$(if $(wildcard $(path)),,$(path))))
@@ -184,9 +199,23 @@ endef
 
 $(foreach stage,$(ALL_STAGES),$(eval $(call training-stage,$(stage))))
 
+# No recipe trains PPO in its chain; what a PPO run left is merged like any other stage.
+outputs-ppo/$(RECIPE)/DONE: outputs-ppo/$(RECIPE)/TRAINED | $(ENVIRONMENT)
+	$(eval RAN += ppo)RECIPE=$(RECIPE) scripts/run_merge.sh ppo
+
+outputs-ppo/$(RECIPE)/TRAINED:
+	@echo 'merge-ppo: no finished PPO training in outputs-ppo/$(RECIPE) (TRAINED is missing)' >&2; exit 2
+
 $(call done,eval): recipes/$(RECIPE)/eval.yaml $(call files,$(DATA_eval)) \
     $(foreach stage,base $(STAGES),$(call done,$(stage))) $(call forced,eval) | $(ENVIRONMENT)
 	$(eval RAN += eval)RECIPE=$(RECIPE) STAGES='$(STAGES)' DATA='$(DATA_eval)' scripts/run_eval.sh$(call flags,eval)
+
+# Its config.json stands for the folder, which appears whole or not at all.
+EXPORTED := outputs-export/$(RECIPE)/$(STAGE)-$(FORMAT)/config.json
+$(EXPORTED): $(call done,$(STAGE)) $(if $(filter int8,$(FORMAT)),$(call files,$(DATA_sft))) $(call forced,export) \
+    requirements/export.txt | $(ENVIRONMENT)
+	$(eval RAN += export)RECIPE=$(RECIPE) STAGE=$(STAGE) FORMAT=$(FORMAT) SFT_DATA='$(DATA_sft)' $(strip \
+	  scripts/export.sh)$(call flags,export)
 
 .venv/.stagecraft-env: $(wildcard requirements/*.txt)
 	scripts/setup.sh
@@ -258,6 +287,9 @@ chat: | $(ENVIRONMENT) ## talk to the newest model; echo question | make chat pr
 serve: | $(ENVIRONMENT) ## OpenAI-compatible API on vLLM, or on transformers without a GPU
 	@scripts/serve.sh $(ARGS)
 
+export: $(EXPORTED) ## a stage's model in 8 bits for vLLM: make export STAGE=dpo FORMAT=int8
+	$(call tell,$(STAGE) is exported to $(FORMAT) and up to date)
+
 status: ## what is done, running or unfinished
 	@$(or $(PYTHON),python3) python/show_status.py --recipe '$(RECIPE)'
 
@@ -276,7 +308,7 @@ lint: .venv/.stagecraft-test ## ruff and shellcheck
 	.venv/bin/ruff format --check .
 	.venv/bin/shellcheck .ci/run $(wildcard scripts/*.sh)
 
-#clean-STAGE: ## remove outputs-STAGE/RECIPE (base, pt, sft, rm, dpo, eval)
+#clean-STAGE: ## remove outputs-STAGE/RECIPE (base, pt, sft, rm, dpo, eval, export)
 $(CLEANS): clean-%:
 	rm -rf outputs-$*/$(RECIPE)
 

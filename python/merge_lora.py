@@ -1,36 +1,62 @@
-"""Merge a LoRA adapter into its base: one complete model, checked after it was written.
+"""Merge LoRA adapters into their base: one complete model, proven after it was written.
 
     python python/merge_lora.py --base_model BASE --lora_model ADAPTER --output_dir MERGED
     python python/merge_lora.py ADAPTER -o MERGED                 (base from adapter_config.json)
+    python python/merge_lora.py A B --weights 0.7 0.3 -o MERGED   (W + 0.7 dW_A + 0.3 dW_B)
     python python/merge_lora.py --stage_dir outputs-sft/tiny      (adapter/ -> model/, then DONE)
 
-After full-parameter training --stage_dir only checks that model/ is complete and writes DONE.
+Memory stays under 700 MB whatever the model's size; the proof's last part loads base and model one after the other.
+After full-parameter training --stage_dir only checks that model/ is complete and writes DONE. Exit status 1: the
+proof failed; what was written is kept beside the output folder as OUTPUT.failed, and nothing else was touched.
 """
 
-import json
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stagecraft import files, merging, models, run
-from stagecraft.arguments import parse
-from stagecraft.console import settle_libraries
+from stagecraft import files, models, run
+from stagecraft.arguments import DTYPES, parse
 from stagecraft.errors import UserError, run_main
-from stagecraft.merging import Paths
+from stagecraft.merging.folder import describe
+from stagecraft.merging.inputs import plan_merge
+from stagecraft.merging.making import Proof, check_room, make_model
+from stagecraft.merging.plan import Plan
 
 
 @dataclass
 class MergeArguments:
     """Merge"""
 
-    lora_model: str | None = field(
-        default=None, metadata={"help": "adapter folder", "positional": True, "aliases": ["sft_lora"]}
+    lora_model: list[str] | None = field(
+        default=None, metadata={"help": "adapter folders", "positional": True, "aliases": ["sft_lora"]}
     )
     base_model: str | None = field(
         default=None, metadata={"help": "full-precision base (default: the one adapter_config.json names)"}
     )
     output_dir: str | None = field(
         default=None, metadata={"help": "folder of the complete model", "aliases": ["output", "o"]}
+    )
+    weights: list[float] | None = field(
+        default=None, metadata={"help": "a factor for each adapter (default 1)"}
+    )
+    dtype: str = field(
+        default="auto", metadata={"help": "of the result; auto: the base's", "choices": DTYPES}
+    )
+    device: str = field(
+        default="auto",
+        metadata={
+            "help": "where the behaviour check runs; merging is the CPU's",
+            "choices": ("auto", "cpu", "cuda"),
+        },
+    )
+    validate: bool = field(default=True, metadata={"help": "prove the result before it gets its name"})
+    no_validate: bool = field(default=False, metadata={"help": "leave the proof out"})
+    test_prompt: str | None = field(
+        default=None, metadata={"help": "a question for the merged model to answer"}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "run code shipped with the base (for the proof)"}
     )
     stage_dir: str | None = field(
         default=None, metadata={"help": "a stage's folder: its adapter/ becomes its model/"}
@@ -40,11 +66,12 @@ class MergeArguments:
 
 def main() -> None:
     [args] = parse(__doc__, MergeArguments)
-    began = time.time()
-    settle_libraries()
+    # Threads that wait sleep soon, as in console.settle_libraries, which would import transformers.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    check_flags(args)
     if args.stage_dir is None:
-        paths = chosen_paths(args)
-        report(paths, merging.merge(paths, merging.check_inputs(paths), print_step), began)
+        merge(args, plan_merge(args.base_model, args.lora_model, args.weights, args.dtype), output_of(args))
         return
     folder = Path(args.stage_dir)
     if not (folder / "TRAINED").exists():
@@ -52,23 +79,38 @@ def main() -> None:
     with run.lock(folder), run.tee(folder / "logs" / "train.log"):
         (folder / "DONE").unlink(missing_ok=True)
         if (folder / "adapter").exists():
-            paths = Paths(base_of(folder / "adapter"), folder / "adapter", folder / "model")
-            report(paths, merging.merge(paths, merging.check_inputs(paths), print_step), began)
+            plan = plan_merge(args.base_model, [str(folder / "adapter")], args.weights, args.dtype)
+            merge(args, plan, folder / "model")
         models.require_model_folder(str(folder / "model"), "--stage_dir")
         files.write_text(folder / "DONE", f"{folder / 'model'}\n")
 
 
-def chosen_paths(args: MergeArguments) -> Paths:
-    """The three folders from the flags, with what is missing told at once."""
-    faults = [f"--{name} is missing" for name in ("lora_model", "output_dir") if getattr(args, name) is None]
+def check_flags(args: MergeArguments) -> None:
+    """Raises UserError with all that is missing or contradicts itself."""
+    faults = []
+    if args.stage_dir is None:
+        faults += [
+            f"--{name} is missing" for name in ("lora_model", "output_dir") if getattr(args, name) is None
+        ]
+    else:
+        faults += [
+            f"--{name} and --stage_dir: a stage's folder says where both are; give one of the two"
+            for name in ("lora_model", "output_dir")
+            if getattr(args, name) is not None
+        ]
+    if args.no_validate or not args.validate:
+        args.validate = False
+        if args.test_prompt is not None:
+            faults.append("--test_prompt is answered in the proof: leave out --no_validate")
     if faults:
         raise UserError(*faults)
-    adapter, output = Path(args.lora_model), Path(args.output_dir)
-    base = Path(args.base_model) if args.base_model else base_of(adapter)
+
+
+def output_of(args: MergeArguments) -> Path:
+    """The output folder. Raises UserError where something is there that must not be replaced."""
+    output = Path(args.output_dir)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output}: is a file; name a folder")
-    if output.resolve() in (base.resolve(), adapter.resolve()):
-        raise UserError(f"--output_dir {output}: is an input of the merge; choose another folder")
     if output.exists() and any(output.iterdir()):
         if not args.overwrite_output_dir:
             raise UserError(f"--output_dir {output}: not empty; --overwrite_output_dir replaces it")
@@ -76,45 +118,44 @@ def chosen_paths(args: MergeArguments) -> Paths:
             raise UserError(
                 f"--output_dir {output}: holds no model that could be replaced; choose another folder"
             )
-    return Paths(base, adapter, output)
+    return output
 
 
-def base_of(adapter: Path) -> Path:
-    """The base an adapter was trained on, as its configuration names it."""
-    try:
-        config = json.loads((adapter / "adapter_config.json").read_text())
-    except OSError:
-        raise UserError(
-            f"--lora_model {adapter}: no adapter_config.json there: this is not an adapter"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"--lora_model {adapter}: adapter_config.json is not JSON: {error}") from None
-    if not config.get("base_model_name_or_path"):
-        raise UserError(f"--lora_model {adapter}: names no base; give it with --base_model")
-    return Path(config["base_model_name_or_path"])
-
-
-def print_step(line: str) -> None:
-    print(line, flush=True)
-
-
-def report(paths: Paths, figures: dict, began: float) -> None:
-    """What was merged from where, what was written, and the verdict."""
-    lora, total = figures["lora_parameters"], figures["total_parameters"]
-    print(f"base model  {paths.base}\nadapter     {paths.adapter}\noutput      {paths.output}")
+def merge(args: MergeArguments, plan: Plan, output: Path) -> None:
+    """Make the complete model and report it."""
+    began = time.time()
+    proof = Proof(args.device, args.trust_remote_code, args.test_prompt) if args.validate else None
+    check_room(plan, output, proof)
+    print(f"base model  {plan.base.folder}")
+    for adapter, weight in zip(plan.adapters, plan.weights, strict=True):
+        print(
+            f"adapter     {adapter.folder} ({describe(adapter)}{f', weight {weight:g}' if weight != 1 else ''})"
+        )
+    lora = sum(adapter.parameters for adapter in plan.adapters)
+    total = sum(written.numel for written in plan.outputs)
+    print(f"output      {output}")
     print(
-        f"parameters  {lora:,} LoRA of {total + lora:,} = {lora / (total + lora):.2%}, weights in {figures['dtype']}"
+        f"parameters  {lora:,} of the adapter, {total:,} of the model: {lora / total:.2%}; weights in {plan.dtype}"
     )
-    written = merging.files_of(paths.output)
+    for note in plan.notes():
+        print(f"note        {note}")
+    say_result(plan, output, make_model(plan, output, proof), time.time() - began)
+
+
+def say_result(plan: Plan, output: Path, figures: dict, seconds: float) -> None:
+    """The files, the verdict and the pace."""
+    sizes = [(file.name, file.stat().st_size) for file in output.iterdir()]
+    written = sorted(sizes, key=lambda item: (-item[1], item[0]))
     for name, size in written:
         print(f"  {size / 1e6:10,.2f} MB  {name}")
     print(f"  {sum(size for _, size in written) / 1e6:10,.2f} MB  in {len(written)} files")
-    if "kl_to_adapter" in figures:
-        proof = f"KL to base+adapter {figures['kl_to_adapter']:.1e} a token (base alone {figures['kl_to_base']:.1e})"
-    else:
-        proof = f"scores within {figures['score_gap']:.1e} of base+adapter"
+    if "answer" in figures:
+        print(f"answer      {figures['answer']}")
+    rate = plan.size / 1e9 / figures["write_seconds"]
+    proven = "proven to be base + adapter" if "gap_to_adapter" in figures else "not proven (--no_validate)"
     print(
-        f"complete model: weights there, no adapter_config.json, {proof}; {time.time() - began:.1f} s",
+        f"complete model, {proven}: weights there, no adapter_config.json; written in "
+        f"{figures['write_seconds']:.1f} s ({rate:.2f} GB/s), {seconds:.1f} s in all",
         flush=True,
     )
 

@@ -1,84 +1,38 @@
-"""A merge is W + scale * BA and nothing else, proven after writing; whatever goes wrong leaves no model."""
+"""merge_lora.py: what it leaves is a complete model or nothing; how it is called, and what a stage gets."""
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from stagecraft import merging
-from stagecraft.errors import UserError
-from stagecraft.merging import Paths, check_inputs, check_written
+from adapters import (
+    ADAPTER,
+    WEIGHTS,
+    causal,
+    configure,
+    make_adapter,
+    reweigh,
+    tensors_of,
+    told,
+)
+from stagecraft.errors import ProofFailed
 
 ROOT = Path(__file__).resolve().parents[1]
-WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
-RANK, ALPHA = 4, 12
-
-
-def make_adapter(base: Path, folder: Path, reward: bool = False, seed: int = 0, **settings) -> Path:
-    """A LoRA adapter of the base as a stage leaves it, with weights as if trained."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    torch.manual_seed(seed)
-    if reward:
-        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
-        settings = {"task_type": "SEQ_CLS", "modules_to_save": ["score"], **settings}
-    else:
-        model = AutoModelForCausalLM.from_pretrained(base)
-        settings = {"task_type": "CAUSAL_LM", **settings}
-    settings = {"target_modules": "all-linear", **settings}
-    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, **settings))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.save_pretrained(folder)
-    return folder
-
-
-def copy_model(base: Path, folder: Path, **changes) -> Path:
-    """The tiny model with another shape and fresh weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    shutil.copytree(base, folder)
-    config = AutoConfig.from_pretrained(base)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    if "num_hidden_layers" in changes:
-        config.layer_types = ["full_attention"] * changes["num_hidden_layers"]
-    torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
-
-
-def merged(base: Path, adapter: Path, output: Path) -> dict[str, torch.Tensor]:
-    paths = Paths(base, adapter, output)
-    merging.merge(paths, check_inputs(paths), lambda line: None)
-    return load_file(output / WEIGHTS)
-
-
-def tensors_of(adapter: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Module -> its tensors by name, as the base spells the module."""
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in load_file(adapter / ADAPTER).items():
-        module, _, part = name.removeprefix("base_model.model.").partition(".lora_")
-        found.setdefault(module, {})[part.removesuffix(".weight")] = tensor
-    return found
-
-
-def told(function, *arguments) -> list[str]:
-    with pytest.raises(UserError) as caught:
-        function(*arguments)
-    return str(caught.value).splitlines()
+INDEX = "model.safetensors.index.json"
+QUERY, NORM, EMBEDDING = (
+    "model.layers.1.self_attn.q_proj.weight",
+    "model.norm.weight",
+    "model.embed_tokens.weight",
+)
 
 
 @pytest.fixture(scope="module")
@@ -93,301 +47,21 @@ def own_adapter(adapter, tmp_path) -> Path:
 
 
 @pytest.fixture
-def merge_lora(monkeypatch, tmp_path):
-    """merge_lora(*flags) is `merge_lora.py FLAGS` in this process."""
+def own_base(tiny_base, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny_base, tmp_path / "base"))
+
+
+@pytest.fixture
+def merge_lora(monkeypatch):
+    """merge_lora(*flags) is `merge_lora.py FLAGS --no_validate` in this process."""
     import merge_lora as script
 
-    def call(*flags):
-        monkeypatch.setattr(sys, "argv", ["merge_lora.py", *map(str, flags)])
+    def call(*flags, validate=False):
+        proof = [] if validate else ["--no_validate"]
+        monkeypatch.setattr(sys, "argv", ["merge_lora.py", *map(str, flags), *proof])
         script.main()
 
     return call
-
-
-# The weights
-
-
-@pytest.mark.parametrize(
-    ("settings", "scale"),
-    [({}, ALPHA / RANK), ({"use_rslora": True}, ALPHA / math.sqrt(RANK))],
-    ids=["LoRA", "rsLoRA"],
-)
-def test_merged_weights_are_the_base_plus_scaled_ba(tiny_base, tmp_path, settings, scale):
-    adapter = make_adapter(
-        tiny_base, tmp_path / "adapter", target_modules=["q_proj", "down_proj"], **settings
-    )
-    result, base, lora = (
-        merged(tiny_base, adapter, tmp_path / "out"),
-        load_file(tiny_base / WEIGHTS),
-        tensors_of(adapter),
-    )
-    assert len(lora) == 4 and result.keys() == base.keys()
-    for name, before in base.items():
-        module = name.removesuffix(".weight")
-        if module not in lora:
-            assert torch.equal(result[name], before), name  # not a bit differs
-            continue
-        change = scale * (lora[module]["B"].double() @ lora[module]["A"].double())
-        torch.testing.assert_close(result[name].double(), before.double() + change, rtol=0, atol=1e-7)
-        # Control: the other scale, or none, would be found.
-        wrong = ALPHA / math.sqrt(RANK) if scale == ALPHA / RANK else ALPHA / RANK
-        assert (result[name].double() - before.double() - change * wrong / scale).abs().max() > 1e-4
-        assert (result[name] - before).abs().max() > 1e-4
-
-
-def test_dora_is_merged_by_the_formula_and_as_peft_does(tiny_base, tmp_path):
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    adapter = make_adapter(tiny_base, tmp_path / "adapter", use_dora=True)
-    result, base, lora = (
-        merged(tiny_base, adapter, tmp_path / "out"),
-        load_file(tiny_base / WEIGHTS),
-        tensors_of(adapter),
-    )
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), adapter)
-    by_peft = model.merge_and_unload().state_dict()
-    assert len(lora) == 14
-    for name, before in base.items():
-        torch.testing.assert_close(result[name], by_peft[name], rtol=0, atol=0)
-        parts = lora.get(name.removesuffix(".weight"))
-        if parts is None:
-            assert torch.equal(result[name], before), name
-            continue
-        direction = before.double() + ALPHA / RANK * (parts["B"].double() @ parts["A"].double())
-        expected = (
-            parts["magnitude_vector"].double()[:, None] * direction / direction.norm(dim=1, keepdim=True)
-        )
-        torch.testing.assert_close(result[name].double(), expected, rtol=0, atol=1e-6)
-        assert (result[name].double() - direction).abs().max() > 1e-4  # control: plain LoRA is something else
-
-
-def test_a_reward_model_gets_its_head(tiny_base, tmp_path):
-    from stagecraft import models
-
-    adapter = make_adapter(tiny_base, tmp_path / "adapter", reward=True)
-    result, base, lora = (
-        merged(tiny_base, adapter, tmp_path / "out"),
-        load_file(tiny_base / WEIGHTS),
-        tensors_of(adapter),
-    )
-    head = load_file(adapter / ADAPTER)["base_model.model.score.weight"]
-    assert torch.equal(result["score.weight"], head) and head.shape == (1, 32)
-    assert result.keys() - base.keys() == {"score.weight"}
-    for name, before in base.items():
-        parts = lora.get(name.removesuffix(".weight"), {})
-        change = ALPHA / RANK * (parts["B"].double() @ parts["A"].double()) if parts else 0
-        torch.testing.assert_close(result[name].double(), before.double() + change, rtol=0, atol=1e-7)
-    model = models.load_reward(str(tmp_path / "out"))
-    assert torch.equal(model.score.weight.cpu(), head)
-
-
-def test_a_module_trained_in_full_is_taken_over(tiny_base, tmp_path):
-    untied = copy_model(tiny_base, tmp_path / "untied", tie_word_embeddings=False)
-    adapter = make_adapter(
-        untied, tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["lm_head"]
-    )
-    result, base = merged(untied, adapter, tmp_path / "out"), load_file(untied / WEIGHTS)
-    assert torch.equal(
-        result["lm_head.weight"], load_file(adapter / ADAPTER)["base_model.model.lm_head.weight"]
-    )
-    assert not torch.equal(result["lm_head.weight"], base["lm_head.weight"])
-    assert torch.equal(result["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
-
-
-def test_the_dtype_of_the_base_is_kept(tiny_base, adapter, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    base = tmp_path / "base"
-    shutil.copytree(tiny_base, base)
-    AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.bfloat16).save_pretrained(base)
-    result, exact = merged(base, adapter, tmp_path / "out"), merged(tiny_base, adapter, tmp_path / "exact")
-    assert {tensor.dtype for tensor in result.values()} == {torch.bfloat16}
-    for name, tensor in result.items():
-        torch.testing.assert_close(tensor.float(), exact[name], rtol=2**-7, atol=2e-3)
-
-
-def test_an_untrained_adapter_changes_nothing_and_may(tiny_base, tmp_path):
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    settings = LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_base), settings)
-    model.save_pretrained(tmp_path / "adapter")
-    result, base = merged(tiny_base, tmp_path / "adapter", tmp_path / "out"), load_file(tiny_base / WEIGHTS)
-    assert all(torch.equal(result[name], base[name]) for name in base)
-
-
-def test_the_result_carries_the_tokenizer_it_was_trained_with(tiny_base, own_adapter, tokenizer, tmp_path):
-    tokenizer.chat_template = "{{ 'trained with this' }}"
-    tokenizer.save_pretrained(own_adapter)
-    merged(tiny_base, own_adapter, tmp_path / "out")
-    from stagecraft import models
-
-    found = models.load_tokenizer(str(tmp_path / "out"))
-    assert found.chat_template == "{{ 'trained with this' }}" and found.get_vocab() == tokenizer.get_vocab()
-    models.require_model_folder(str(tmp_path / "out"))
-    assert not (tmp_path / "out" / "adapter_config.json").exists()
-
-
-@pytest.mark.parametrize("reward", [False, True], ids=["causal", "reward"])
-def test_the_figures_count_each_parameter_once(tiny_base, tmp_path, reward):
-    """What is reported: the adapter's numbers, and those of the base without the adapter."""
-    adapter = make_adapter(tiny_base, tmp_path / "adapter", reward=reward)
-    paths = Paths(tiny_base, adapter, tmp_path / "out")
-    figures = merging.merge(paths, check_inputs(paths), lambda line: None)
-    assert figures["lora_parameters"] == sum(
-        tensor.numel() for tensor in load_file(adapter / ADAPTER).values()
-    )
-    assert figures["total_parameters"] == sum(
-        t.numel() for t in load_file(tmp_path / "out" / WEIGHTS).values()
-    )
-    assert figures["dtype"] == "float32"
-
-
-# Faults of the inputs
-
-
-def test_folders_that_are_neither_are_told_together(tmp_path):
-    assert told(check_inputs, Paths(tmp_path / "b", tmp_path / "a", tmp_path / "o")) == [
-        f"--lora_model {tmp_path}/a: no adapter_config.json there: this is not an adapter",
-        f"--base_model {tmp_path}/b: no config.json there: this is not a model folder",
-    ]
-
-
-def test_missing_weights_are_told_together(tiny_base, own_adapter, tmp_path):
-    (own_adapter / ADAPTER).unlink()
-    base = tmp_path / "base"
-    base.mkdir()
-    shutil.copy(tiny_base / "config.json", base)
-    assert told(check_inputs, Paths(base, own_adapter, tmp_path / "o")) == [
-        f"--lora_model {own_adapter}: adapter_model.safetensors is missing",
-        f"--base_model {base}: no *.safetensors there",
-    ]
-
-
-def test_a_quantised_base_is_refused(tiny_base, adapter, tmp_path):
-    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"load_in_4bit": True}}))
-    assert told(check_inputs, Paths(base, adapter, tmp_path / "o")) == [
-        f"--base_model {base}: its weights are quantised; merge into the full-precision base"
-    ]
-
-
-def test_another_kind_of_adapter_is_refused(tiny_base, own_adapter, tmp_path):
-    config = json.loads((own_adapter / "adapter_config.json").read_text())
-    (own_adapter / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "IA3"}))
-    assert told(check_inputs, Paths(tiny_base, own_adapter, tmp_path / "o")) == [
-        f"--lora_model {own_adapter}: a IA3 adapter; only LoRA can be merged"
-    ]
-
-
-@pytest.mark.parametrize("where", ["adapter", "base"])
-def test_a_configuration_cut_off_is_told(tiny_base, own_adapter, tmp_path, where):
-    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
-    file = {"adapter": own_adapter / "adapter_config.json", "base": base / "config.json"}[where]
-    file.write_text(file.read_text()[:40])
-    [line] = told(check_inputs, Paths(base, own_adapter, tmp_path / "o"))
-    assert str(file.parent) in line and file.name in line
-
-
-@pytest.mark.parametrize("where", ["adapter", "base"])
-def test_weights_cut_off_are_told(tiny_base, own_adapter, tmp_path, where):
-    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
-    file = {"adapter": own_adapter / ADAPTER, "base": base / WEIGHTS}[where]
-    file.write_bytes(file.read_bytes()[:-100])
-    lines = told(merged, base, own_adapter, tmp_path / "out")
-    assert str(file.parent) in lines[0] and not (tmp_path / "out").exists()
-
-
-OTHER_SIZES = [
-    {"hidden_size": 64},
-    {"intermediate_size": 128},
-    {"num_hidden_layers": 1},
-    {"num_hidden_layers": 3},
-]
-
-
-@pytest.mark.parametrize("changes", OTHER_SIZES, ids=str)
-def test_a_base_of_another_size_is_refused(tiny_base, tmp_path, changes):
-    adapter = make_adapter(tiny_base, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
-    base = copy_model(tiny_base, tmp_path / "base", **changes)
-    [line] = told(merged, base, adapter, tmp_path / "out")
-    assert line.startswith(f"--lora_model {adapter}: does not fit --base_model {base}: ")
-    if "num_hidden_layers" not in changes:
-        assert "size mismatch for base_model.model.model.layers.1." in line
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_full_disk_is_told(tiny_base, adapter, tmp_path, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    size = (tiny_base / WEIGHTS).stat().st_size
-    paths = Paths(tiny_base, adapter, tmp_path / "out")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, size))
-    [line] = told(check_inputs, paths)
-    assert line.startswith(f"--output_dir {tmp_path}/out: 0 MB are free, about 0 MB will be written; ")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 2 * size))  # control
-    check_inputs(paths)
-
-
-# A tampered result
-
-
-@pytest.fixture(scope="module")
-def result(tiny_base, tmp_path_factory) -> tuple[Path, Paths, dict]:
-    """A finished merge that touches q_proj only."""
-    folder = tmp_path_factory.mktemp("result")
-    adapter = make_adapter(tiny_base, folder / "adapter", target_modules=["q_proj"])
-    paths = Paths(tiny_base, adapter, folder / "out")
-    config = check_inputs(paths)
-    merging.merge(paths, config, lambda line: None)
-    return paths.output, paths, config
-
-
-NORM, QUERY = "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
-
-
-def one_bit(tensor: torch.Tensor) -> torch.Tensor:
-    changed = tensor.clone()
-    changed.view(torch.int32).view(-1)[3] ^= 1
-    return changed
-
-
-@pytest.mark.parametrize(
-    ("name", "tamper", "message"),
-    [
-        (NORM, one_bit, f"{NORM}: changed, though the adapter does not touch it"),
-        (QUERY.replace("q_", "k_"), one_bit, "k_proj.weight: changed, though the adapter does not touch it"),
-        (NORM, lambda t: None, f"tensors lost: ['{NORM}'], unknown: []"),
-        (NORM, lambda t: t.bfloat16(), f"{NORM}: (32,) torch.float32 became (32,) torch.bfloat16"),
-        (NORM, lambda t: t[:-1].clone(), f"{NORM}: (32,) torch.float32 became (31,) torch.float32"),
-        (QUERY, lambda t: t.fill_(math.inf), f"{QUERY}: not every number is finite after merging"),
-        (QUERY, lambda t: t.fill_(math.nan), f"{QUERY}: not every number is finite after merging"),
-        ("model.extra.weight", lambda t: torch.ones(1), "tensors lost: [], unknown: ['model.extra.weight']"),
-    ],
-)
-def test_a_tampered_result_is_found_and_the_tensor_named(result, tmp_path, name, tamper, message):
-    output, paths, config = result
-    folder = Path(shutil.copytree(output, tmp_path / "copy"))
-    check_written(folder, paths, config, "float32")  # control
-    tensors = load_file(folder / WEIGHTS)
-    changed = tamper(tensors.get(name))
-    tensors = {k: v for k, v in tensors.items() if k != name} | ({} if changed is None else {name: changed})
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    with pytest.raises(RuntimeError) as caught:
-        check_written(folder, paths, config, "float32")
-    assert message in str(caught.value)
-
-
-def test_a_result_without_the_adapter_is_found(result, tmp_path):
-    _, paths, config = result
-    folder = Path(shutil.copytree(paths.base, tmp_path / "copy"))
-    with pytest.raises(RuntimeError, match="no tensor differs from the base: the adapter was not merged"):
-        check_written(folder, paths, config, "float32")
-    shutil.copy(paths.adapter / "adapter_config.json", folder)
-    with pytest.raises(RuntimeError, match=r"adapter_config\.json is still there"):
-        check_written(folder, paths, config, "float32")
 
 
 # The script
@@ -396,13 +70,30 @@ def test_a_result_without_the_adapter_is_found(result, tmp_path):
 def test_adapter_and_output_are_enough(adapter, tiny_base, merge_lora, tmp_path, capsys):
     merge_lora(adapter, "-o", tmp_path / "out")
     said = capsys.readouterr().out
-    assert f"base model  {tiny_base}\n" in said and "complete model: weights there" in said
-    result, base = load_file(tmp_path / "out" / WEIGHTS), load_file(tiny_base / WEIGHTS)
+    result, base = tensors_of(tmp_path / "out"), tensors_of(tiny_base)
+    lora, total = (sum(t.numel() for t in group.values()) for group in (load_file(adapter / ADAPTER), result))
+    for line in (
+        f"base model  {tiny_base}",
+        f"adapter     {adapter} (LoRA, rank 4, alpha 12, 14 modules)",
+        f"output      {tmp_path}/out",
+        f"parameters  {lora:,} of the adapter, {total:,} of the model: {lora / total:.2%}; weights in float32",
+        "[1/3] writing 24 tensors, 14 of them merged",
+    ):
+        assert f"{line}\n" in said
+    assert "complete model, not proven (--no_validate): weights there, no adapter_config.json" in said
+    assert f"MB  {WEIGHTS}\n" in said and " GB/s), " in said
     assert result.keys() == base.keys() and not all(torch.equal(result[name], base[name]) for name in base)
-    # The long form does the same, and the same twice is the same to the bit.
-    merge_lora("--base_model", tiny_base, "--lora_model", adapter, "--output_dir", tmp_path / "long")
-    again = load_file(tmp_path / "long" / WEIGHTS)
-    assert all(torch.equal(result[name], again[name]) for name in base)
+    # The other spellings do the same, to the bit.
+    for number, flags in enumerate(
+        [
+            ("--base_model", tiny_base, "--lora_model", adapter, "--output_dir", tmp_path / "0"),
+            ("--sft_lora", adapter, "--output", tmp_path / "1", "--dtype", "float32", "--device", "cpu"),
+            ("--lora_model", adapter, "--weights", "1", "--output", tmp_path / "2"),
+        ]
+    ):
+        merge_lora(*flags)
+        again = tensors_of(tmp_path / str(number))
+        assert all(torch.equal(result[name], again[name]) for name in base)
 
 
 def test_what_is_missing_is_told_together(merge_lora, tmp_path):
@@ -410,68 +101,225 @@ def test_what_is_missing_is_told_together(merge_lora, tmp_path):
     assert told(merge_lora, tmp_path, "-o", tmp_path / "out") == [
         f"--lora_model {tmp_path}: no adapter_config.json there: this is not an adapter"
     ]
+    assert told(merge_lora, "--stage_dir", tmp_path, "-o", tmp_path / "out", "--test_prompt", "hello") == [
+        "--output_dir and --stage_dir: a stage's folder says where both are; give one of the two",
+        "--test_prompt is answered in the proof: leave out --no_validate",
+    ]
 
 
 def test_an_adapter_that_names_no_base_is_told(own_adapter, merge_lora, tmp_path):
-    config = json.loads((own_adapter / "adapter_config.json").read_text())
-    (own_adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
-    [line] = told(merge_lora, own_adapter, "-o", tmp_path / "out")
-    assert "--base_model" in line
+    configure(own_adapter, base_model_name_or_path=None)
+    assert told(merge_lora, own_adapter, "-o", tmp_path / "out") == [
+        f"--lora_model {own_adapter}: names no base; give it with --base_model"
+    ]
+
+
+def test_adapters_that_name_two_bases_are_told(own_adapter, adapter, merge_lora, tmp_path):
+    configure(own_adapter, base_model_name_or_path="other/base")
+    [line] = told(merge_lora, own_adapter, adapter, "-o", tmp_path / "out")
+    assert line.startswith("--lora_model: the adapters name different bases (") and "--base_model" in line
 
 
 def test_a_base_that_has_moved_is_told(own_adapter, merge_lora, tmp_path):
-    config = json.loads((own_adapter / "adapter_config.json").read_text())
-    (own_adapter / "adapter_config.json").write_text(
-        json.dumps(config | {"base_model_name_or_path": "gone/model"})
-    )
+    configure(own_adapter, base_model_name_or_path="gone/model")
     assert told(merge_lora, own_adapter, "-o", tmp_path / "out") == [
-        "--base_model gone/model: no config.json there: this is not a model folder"
+        "--base_model gone/model: no such folder, and not in the hub's cache (HF_HUB_OFFLINE is set)"
+    ]
+    configure(own_adapter, base_model_name_or_path="outputs-sft/gone/model")
+    assert told(merge_lora, own_adapter, "-o", tmp_path / "out") == [
+        "--base_model outputs-sft/gone/model: no such folder"
     ]
 
 
 def test_an_output_that_is_not_empty_is_not_replaced_unasked(adapter, merge_lora, tmp_path):
     out = tmp_path / "out"
-    merge_lora(adapter, "-o", out)
+    out.mkdir()
+    merge_lora(adapter, "-o", out)  # empty: nothing to lose
     (out / WEIGHTS).write_bytes(b"older")
+    (out / "leftover.txt").write_text("of the older one")
     assert told(merge_lora, adapter, "-o", out) == [
         f"--output_dir {out}: not empty; --overwrite_output_dir replaces it"
     ]
     assert (out / WEIGHTS).read_bytes() == b"older"
     merge_lora(adapter, "-o", out, "--overwrite_output_dir")
-    assert (out / WEIGHTS).stat().st_size > 1000
+    assert (out / WEIGHTS).stat().st_size > 1000 and not (out / "leftover.txt").exists()
 
 
 def test_overwriting_takes_no_folder_that_is_no_model(adapter, merge_lora, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years of work\n")
-    [line] = told(merge_lora, adapter, "-o", tmp_path / "home", "--overwrite_output_dir")
-    assert line.startswith(f"--output_dir {tmp_path}/home: ")
+    assert told(merge_lora, adapter, "-o", tmp_path / "home", "--overwrite_output_dir") == [
+        f"--output_dir {tmp_path}/home: holds no model that could be replaced; choose another folder"
+    ]
     assert (tmp_path / "home" / "thesis.tex").exists()
 
 
-@pytest.mark.parametrize("which", ["base", "adapter"])
-def test_the_output_can_not_be_an_input(tiny_base, own_adapter, merge_lora, tmp_path, which):
-    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
-    output = {"base": base, "adapter": own_adapter}[which]
-    before = sorted(file.name for file in output.iterdir()), (base / WEIGHTS).read_bytes()
-    flags = (
-        "--base_model",
-        base,
-        "--lora_model",
-        own_adapter,
-        "--output_dir",
-        output,
-        "--overwrite_output_dir",
+@pytest.mark.parametrize("which", ["base", "adapter", "link", "around the adapter", "around the base"])
+def test_what_is_read_is_not_replaced(own_base, own_adapter, merge_lora, tmp_path, which):
+    (tmp_path / "link").symlink_to(own_base)
+    output = {"base": own_base, "adapter": own_adapter, "link": tmp_path / "link"}.get(
+        which, tmp_path / "run"
     )
+    base, adapter = own_base, own_adapter
+    if which.startswith("around"):  # a trainer's folder: a model, and checkpoints below it
+        output.mkdir()
+        shutil.copy(own_base / "config.json", output)
+        if which.endswith("adapter"):
+            adapter = own_adapter.rename(output / "checkpoint-20")
+        else:
+            base = own_base.rename(output / "base")
+    if which == "adapter":
+        (own_adapter / "config.json").write_text("{}")
+    before = (base / WEIGHTS).read_bytes(), (adapter / ADAPTER).read_bytes()
+    flags = ("--base_model", base, "--lora_model", adapter, "--output_dir", output, "--overwrite_output_dir")
     [line] = told(merge_lora, *flags)
     assert line.startswith(f"--output_dir {output}: ")
-    assert before == (sorted(file.name for file in output.iterdir()), (base / WEIGHTS).read_bytes())
+    assert before == ((base / WEIGHTS).read_bytes(), (adapter / ADAPTER).read_bytes())
 
 
 def test_a_file_as_output_is_told(adapter, merge_lora, tmp_path):
     (tmp_path / "out").write_text("mine")
-    [line] = told(merge_lora, adapter, "-o", tmp_path / "out")
-    assert line.startswith(f"--output_dir {tmp_path}/out: ") and (tmp_path / "out").read_text() == "mine"
+    assert told(merge_lora, adapter, "-o", tmp_path / "out") == [
+        f"--output_dir {tmp_path}/out: is a file; name a folder"
+    ]
+    [line] = told(merge_lora, adapter, "-o", tmp_path / "out" / "below")
+    assert line.startswith(f"--output_dir {tmp_path}/out/below: ")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", [".", "out/", "new/../out"])
+def test_an_output_by_any_name(adapter, merge_lora, tmp_path, monkeypatch, name):
+    """The folder that one stands in has no name of its own to put .tmp behind."""
+    (tmp_path / "here" / "new").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" if name != "." else tmp_path / "here" / "new")
+    where = Path.cwd() if name == "." else Path.cwd() / "out"
+    merge_lora(adapter, "-o", name)
+    assert (where / WEIGHTS).exists() and (where / "config.json").exists()
+
+
+def test_a_link_as_output_leads_to_the_model(adapter, merge_lora, tmp_path):
+    """Models live on another disk often enough."""
+    (tmp_path / "disk" / "model").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "model")
+    merge_lora(adapter, "-o", tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").exists() and (tmp_path / "out" / WEIGHTS).exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]
+
+
+def test_a_base_that_was_downloaded_before_needs_no_network(tiny_base, adapter, tmp_path):
+    home = tmp_path / "home" / "hub" / "models--org--tiny"
+    for folder in ("refs", "blobs", "snapshots/0123"):
+        (home / folder).mkdir(parents=True)
+    (home / "refs" / "main").write_text("0123")
+    for number, file in enumerate(tiny_base.iterdir()):
+        shutil.copy(file, home / "blobs" / str(number))
+        (home / "snapshots" / "0123" / file.name).symlink_to(home / "blobs" / str(number))
+    flags = (adapter, "--base_model", "org/tiny", "-o", tmp_path / "out", "--no_validate")
+    done = run_merge(*flags, env=os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not any(file.is_symlink() for file in (tmp_path / "out").iterdir())
+    assert causal(tmp_path / "out").config.num_hidden_layers == 2
+
+
+def without(tmp_path: Path, *packages: str) -> dict[str, str]:
+    """An environment in which these packages can't be imported."""
+    for name in packages:
+        (tmp_path / "fake" / name).mkdir(parents=True)
+        (tmp_path / "fake" / name / "__init__.py").write_text("raise ImportError('not on this path')\n")
+    return os.environ | {"PYTHONPATH": str(tmp_path / "fake")}
+
+
+def run_merge(*flags, **settings) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "python" / "merge_lora.py"), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **settings)
+
+
+def test_no_heavy_library_is_imported(adapter, tmp_path):
+    """transformers alone takes 4 s to import, more than merging a small model."""
+    environment = without(tmp_path, "transformers", "peft", "accelerate", "datasets")
+    done = run_merge(adapter, "-o", tmp_path / "out", "--no_validate", env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "out" / "config.json").exists()
+    proven = run_merge(adapter, "-o", tmp_path / "proven", env=environment)  # control: the proof needs them
+    assert proven.returncode == 1 and not (tmp_path / "proven").exists()
+
+
+def test_faults_are_told_before_torch_is_imported(own_adapter, tmp_path):
+    configure(own_adapter, use_qalora=True)
+    environment = without(tmp_path, "torch", "transformers", "peft")
+    done = run_merge(own_adapter, "-o", tmp_path / "out", env=environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"--lora_model {own_adapter}: adapter_config.json sets use_qalora, which this merge does not know\n"
+    )
+
+
+def test_a_rename_that_fails_loses_nothing(adapter, merge_lora, tmp_path, monkeypatch):
+    """A folder that a container mounts can't be replaced; the older model is worth more than none."""
+    out = tmp_path / "out"
+    merge_lora(adapter, "-o", out)
+    before = (out / WEIGHTS).read_bytes()
+    rename = Path.rename
+
+    def busy(path: Path, target: Path) -> Path:
+        if out in (path, Path(target)):
+            raise OSError(16, "Device or resource busy")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    monkeypatch.setattr(Path, "replace", busy)
+    [line] = told(merge_lora, adapter, "-o", out, "--overwrite_output_dir")
+    assert line.startswith(f"--output_dir {out}: ")
+    assert (out / "config.json").exists() and (out / WEIGHTS).read_bytes() == before
+
+
+# Killed
+
+
+@pytest.mark.parametrize("when", ["[1/3]", "[3/3]"])
+def test_a_killed_merge_leaves_nothing_that_loads(adapter, merge_lora, tmp_path, when):
+    out = tmp_path / "models" / "out"
+    assert kill_at(when, [adapter, "-o", out]) == -signal.SIGKILL
+    assert not out.exists()
+    for left in out.parent.iterdir():
+        assert not (left / "config.json").exists()
+        with pytest.raises((OSError, ValueError)):
+            causal(left)
+    merge_lora(adapter, "-o", out)
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    causal(out)
+
+
+def kill_at(line: str, flags: list) -> int:
+    """Kill the merge, and not what it may have started, when its output shows the line; the exit status."""
+    command = [sys.executable, str(ROOT / "python" / "merge_lora.py"), *map(str, flags)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        for said in process.stdout:
+            if said.startswith(line):
+                process.kill()
+                break
+        else:
+            pytest.fail(f"the merge never came to {line}")
+        process.wait(timeout=30)
+    return process.returncode
+
+
+def test_two_merges_into_one_folder_do_not_mix(adapter, merge_lora, tmp_path):
+    """The second is refused while the first is at work, and the first does not notice."""
+    command = [
+        sys.executable,
+        str(ROOT / "python" / "merge_lora.py"),
+        str(adapter),
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as first:
+        assert any(line.startswith("[3/3]") for line in first.stdout)
+        [line] = told(merge_lora, adapter, "-o", tmp_path / "out")
+        assert str(tmp_path / "out") in line
+        _, errors = first.communicate(timeout=60)
+    assert (first.returncode, errors) == (0, "")
+    assert (tmp_path / "out" / "config.json").exists()
 
 
 # A stage's folder
@@ -486,15 +334,18 @@ def trained(adapter, tmp_path) -> Path:
     return stage
 
 
-def test_a_stage_gets_its_model_then_done(trained, merge_lora, tmp_path):
+def test_a_stage_gets_its_model_then_done(trained, merge_lora):
     from stagecraft import models
 
-    merge_lora("--stage_dir", trained)
+    merge_lora("--stage_dir", trained, validate=True)
     assert (trained / "DONE").read_text() == f"{trained}/model\n"
     models.require_model_folder(str(trained / "model"))
-    assert "complete model" in (trained / "logs" / "train.log").read_text()
+    log = (trained / "logs" / "train.log").read_text()
+    assert "complete model, proven to be base + adapter" in log and "[3/3] proof" in log
     merge_lora("--stage_dir", trained)  # and once more
     assert (trained / "DONE").exists()
+    left = {path.name for path in trained.iterdir()}
+    assert left == {"adapter", "model", "logs", ".lock", "TRAINED", "DONE"}
 
 
 def test_a_stage_that_is_not_trained_is_told(trained, merge_lora):
@@ -518,14 +369,19 @@ def test_after_full_training_the_model_is_checked(trained, tiny_base, merge_lora
     assert (trained / "DONE").exists()
 
 
-def test_a_failed_merge_leaves_no_model_and_no_done(trained, adapter, merge_lora):
+@pytest.mark.parametrize("had_a_model", [False, True])
+def test_a_failed_merge_leaves_no_done(trained, adapter, merge_lora, had_a_model):
     (trained / "DONE").write_text("of an earlier merge\n")
-    tensors = load_file(trained / "adapter" / ADAPTER)
-    next(iter(tensors.values())).fill_(math.nan)
-    save_file(tensors, trained / "adapter" / ADAPTER, {"format": "pt"})
-    with pytest.raises((RuntimeError, UserError), match="finite"):
+    if had_a_model:
+        (trained / "model").mkdir()
+        (trained / "model" / "config.json").write_text("older")
+    reweigh(trained / "adapter", lambda tensors: next(iter(tensors.values())).fill_(math.nan))
+    with pytest.raises(ProofFailed, match="finite"):
         merge_lora("--stage_dir", trained)
-    assert not (trained / "model").exists() and not (trained / "DONE").exists()
+    assert not (trained / "DONE").exists() and (trained / "model").exists() == had_a_model
+    assert not had_a_model or (trained / "model" / "config.json").read_text() == "older"
+    assert (trained / "model.failed" / WEIGHTS).exists()
+    assert "finite" in (trained / "logs" / "train.log").read_text()
     # What it left does not stop the merge of the mended adapter.
     shutil.copy(adapter / ADAPTER, trained / "adapter")
     merge_lora("--stage_dir", trained)
@@ -534,17 +390,16 @@ def test_a_failed_merge_leaves_no_model_and_no_done(trained, adapter, merge_lora
     assert left == {"adapter", "model", "logs", ".lock", "TRAINED", "DONE"}
 
 
-def test_a_killed_merge_leaves_no_model_and_no_done(trained, merge_lora):
-    command = [sys.executable, str(ROOT / "python" / "merge_lora.py"), "--stage_dir", str(trained)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("[3/4]"):
-                process.kill()
-                break
-        else:
-            pytest.fail("the merge never came to write")
-        process.wait(timeout=30)
-    assert process.returncode == -9
+def test_a_killed_stage_has_no_model_no_done_and_no_lock(trained, merge_lora):
+    assert kill_at("[3/3]", ["--stage_dir", trained]) == -signal.SIGKILL
     assert not (trained / "model").exists() and not (trained / "DONE").exists()
-    merge_lora("--stage_dir", trained)  # its lock died with it
+    merge_lora("--stage_dir", trained)  # at once: its lock died with it
     assert (trained / "DONE").exists()
+
+
+def test_two_merges_of_one_stage_do_not_mix(trained, merge_lora):
+    from stagecraft import run
+
+    with run.lock(trained):
+        [line] = told(merge_lora, "--stage_dir", trained)
+    assert str(trained) in line and not (trained / "model").exists()

@@ -394,10 +394,12 @@ def _print_help(description: str, flags: dict[str, Flag]) -> None:
         text = text.replace("%", "%%")
         if flag.default is not None and not flag.required:
             text += f" [{flag.default}]"
-        names = [flag.name] if flag.positional else [f"--{name}" for name in (flag.name, *flag.aliases)]
+        spelled = [f"{'-' if len(name) == 1 else '--'}{name}" for name in (flag.name, *flag.aliases)]
+        names = [flag.name] if flag.positional else spelled
         word = "|".join(flag.choices or sorted(kind.__name__ for kind in flag.kinds))
         if flag.positional:
             word = flag.name.upper()
+            text += f" (or {', '.join(spelled)})"
         elif flag.is_list:
             word = "VALUE"
         section.add_argument(*names, help=text, metavar=f"{word} ..." if flag.is_list else word)

@@ -1,4 +1,4 @@
-"""Mistakes a user can mend: told in plain lines, exit status 2, no traceback."""
+"""Mistakes a user can mend (exit status 2) and results that are not what they should be (1): plain lines, no traceback."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ class UserError(Exception):
         super().__init__("\n".join(lines))
 
 
+class ProofFailed(Exception):
+    """A result that does not hold against its proof: what is wrong with it, and where it was put aside."""
+
+
 def first_faults(faults: Sequence[str], count: int) -> list[str]:
     """The faults to show of `count`, and how many more there are."""
     shown = list(faults[:SHOWN_FAULTS])
@@ -23,13 +27,16 @@ def first_faults(faults: Sequence[str], count: int) -> list[str]:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run an entry script; a UserError becomes its lines on stderr and exit status 2."""
+    """Run an entry script; a UserError becomes its lines on stderr and exit status 2, a ProofFailed 1."""
     try:
         main()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # under torchrun every rank finds the same fault; one tells it
             print(error, file=sys.stderr)
         sys.exit(2)
+    except ProofFailed as error:
+        print(f"proof failed: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -51,10 +51,22 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def replace_folder(temporary: Path, final: Path) -> None:
-    """Sync every file of a finished folder and give it its name, in place of an older one."""
+    """Sync every file of a finished folder and give it its name, in place of an older one.
+
+    The older one goes when the new one is there; it stays where renaming fails. Raises OSError.
+    """
     for file in temporary.rglob("*"):
         if file.is_file():
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
+    older = final.with_name(f".{final.name}.old")
+    shutil.rmtree(older, ignore_errors=True)
+    if final.exists():
+        final.rename(older)
+    try:
+        temporary.rename(final)
+    except OSError:
+        if older.exists():
+            older.rename(final)
+        raise
+    shutil.rmtree(older, ignore_errors=True)

@@ -79,7 +79,9 @@ def dataclass_flags(group: type) -> list[Flag]:
     """The fields of one of the kit's dataclasses as flags."""
     flags = []
     for item in dataclasses.fields(group):
-        flag = _flag_from_annotation(item.name, str(item.type))
+        # Text where the module postpones annotations, else the class or the union itself.
+        annotation = item.type.__name__ if isinstance(item.type, type) else str(item.type)
+        flag = _flag_from_annotation(item.name, annotation)
         flag.required = item.default is MISSING and item.default_factory is MISSING
         if item.default is not MISSING:
             flag.default = item.default

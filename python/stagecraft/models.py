@@ -75,7 +75,7 @@ def load_causal(
     from transformers import AutoModelForCausalLM
 
     return _ready(
-        _load_whole(AutoModelForCausalLM, path, dtype=dtype, device_map=device_map, **kwargs), device_map
+        load_whole(AutoModelForCausalLM, path, dtype=dtype, device_map=device_map, **kwargs), device_map
     )
 
 
@@ -83,7 +83,7 @@ def load_reward(path: str, dtype: str = "auto", device_map: str | None = None) -
     """A reward model (one score a text) for use."""
     from transformers import AutoModelForSequenceClassification
 
-    model = _load_whole(AutoModelForSequenceClassification, path, dtype=dtype, device_map=device_map)
+    model = load_whole(AutoModelForSequenceClassification, path, dtype=dtype, device_map=device_map)
     if model.config.num_labels != 1:
         raise UserError(f"{path}: not a reward model: it has {model.config.num_labels} outputs, not one")
     return _ready(model, device_map)
@@ -117,7 +117,7 @@ def load_for_training(
                 args.model_name_or_path, num_labels=1, **kwargs
             )
     else:
-        model = _load_whole(AutoModelForCausalLM, args.model_name_or_path, **kwargs)
+        model = load_whole(AutoModelForCausalLM, args.model_name_or_path, **kwargs)
     model.config.use_cache = (
         False  # a cache costs memory in training and leaks between packed rows under SDPA
     )
@@ -212,7 +212,7 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, end_of_turn: str) -> lis
     return list(dict.fromkeys([*ids, tokenizer.eos_token_id]))
 
 
-def _load_whole(model_class: Any, path: str, **kwargs: Any) -> PreTrainedModel:
+def load_whole(model_class: Any, path: str, **kwargs: Any) -> PreTrainedModel:
     """from_pretrained that refuses what transformers only reports: weights that are missing get random numbers."""
     with without_load_report():
         model, info = model_class.from_pretrained(path, output_loading_info=True, **kwargs)

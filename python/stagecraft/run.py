@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from stagecraft import lineage
 from stagecraft.arguments import RunArguments
 from stagecraft.console import settle_libraries
-from stagecraft.errors import UserError
+from stagecraft.errors import ProofFailed, UserError
 from stagecraft.files import replace_folder, require_free_disk, write_json, write_text
 from stagecraft.manifest import describe_run, is_secret, now
 from stagecraft.models import describe_parameters, resolve_precision
@@ -155,6 +156,8 @@ class Stage:
         tokenizer.save_pretrained(temporary)
         if name == "adapter" and end_ids:
             model.generation_config.save_pretrained(temporary)
+        step = {key: self.manifest[key] for key in ("stage", "data", "counts", "seed", "metrics", "git")}
+        write_json(temporary / lineage.FILE, lineage.after(self.arguments["model_name_or_path"], step))
         for leftover in (
             "training_args.bin",
             "README.md",
@@ -324,7 +327,7 @@ def tee(path: Path) -> Iterator[None]:
         sys.stdout, sys.stderr = _Tee(out, log), _Tee(err, log)
         try:
             yield
-        except UserError as error:
+        except (UserError, ProofFailed) as error:
             log.write(f"{error}\n")
             raise
         except Exception:

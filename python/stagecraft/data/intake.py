@@ -7,7 +7,6 @@ themselves, so of each only a hash and two numbers stay in memory, and what is n
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import multiprocessing
 import os
@@ -28,6 +27,7 @@ from stagecraft.data import readers, rows
 from stagecraft.data.readers import Chunk
 from stagecraft.data.rows import BadRow, Conversation, Row
 from stagecraft.errors import UserError
+from stagecraft.processes import die_with_parent
 
 PIECE = 500  # rows of a piece that one process reads and another works on
 KEPT_FAULTS = 1000  # faults kept word for word; all are counted
@@ -224,9 +224,7 @@ def _alone() -> None:
     # the middle of a result would leave the parent waiting for the rest.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    ctypes.CDLL(None).prctl(
-        1, signal.SIGKILL
-    )  # PR_SET_PDEATHSIG: a parent that was killed leaves nobody behind
+    die_with_parent()
 
 
 def _good_rows(

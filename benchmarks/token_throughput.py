@@ -1,6 +1,6 @@
 """How near the data layer comes to the tokenizer alone: chat rows from a file to masked tokens on disk.
 
-    python benchmarks/tokenize.py [--rows 20000] [--rounds 3]
+    python benchmarks/token_throughput.py [--rows 20000] [--rounds 3]
 
 The ceiling is the Rust tokenizer's encode_batch on texts rendered beforehand, with as many threads as the data layer
 has processes. Both are timed in turns; the last line is one JSON object with the ratio of their median tokens/s.
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT / "python")  # instead of this folder: this file's name is also the standard library's
+sys.path.insert(0, str(ROOT / "python"))
 THREADS = min(2, len(os.sched_getaffinity(0)))
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(THREADS)}
 VOCABULARY = 32_000
