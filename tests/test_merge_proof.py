@@ -137,22 +137,22 @@ def one_bit(tensor: torch.Tensor) -> torch.Tensor:
 def test_a_tampered_tensor_is_found_and_named(
     tiny_base, adapter, older, merge_lora, monkeypatch, capsys, no_behaviour, name, tamper, message
 ):
-    write_rest = making.write_rest
+    prove = making.prove
 
-    def and_tamper(plan, folder):
-        write_rest(plan, folder)
+    def tamper_and_prove(plan, folder, proof):
         tensors = load_file(folder / WEIGHTS)
         changed = tamper(tensors.pop(name, None))
         save_file(tensors | ({} if changed is None else {name: changed}), folder / WEIGHTS, {"format": "pt"})
+        return prove(plan, folder, proof)
 
-    monkeypatch.setattr(making, "write_rest", and_tamper)
+    monkeypatch.setattr(making, "prove", tamper_and_prove)
     assert merge_lora(adapter, "-o", older, "--overwrite_output_dir") == 1
     [line, kept] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"proof failed: {message}")
     assert kept == f"what was written is in {older}.failed, without config.json so that nothing loads it"
     check_failed(older)
     # Control, and what failed is no obstacle to the next.
-    monkeypatch.setattr(making, "write_rest", write_rest)
+    monkeypatch.setattr(making, "prove", prove)
     assert merge_lora(adapter, "-o", older, "--overwrite_output_dir") == 0
     assert load_file(older / WEIGHTS).keys() == tensors_of(tiny_base).keys()
 
@@ -173,8 +173,10 @@ def test_a_tampered_tensor_is_found_and_named(
     ids=["adapter_config", "cut off", "gone"],
 )
 def test_a_tampered_folder_is_found(adapter, older, merge_lora, monkeypatch, capsys, tamper, message):
-    write_rest = making.write_rest
-    monkeypatch.setattr(making, "write_rest", lambda plan, folder: (write_rest(plan, folder), tamper(folder)))
+    prove = making.prove
+    monkeypatch.setattr(
+        making, "prove", lambda plan, folder, proof: (tamper(folder), prove(plan, folder, proof))[1]
+    )
     assert merge_lora(adapter, "-o", older, "--overwrite_output_dir") == 1
     assert capsys.readouterr().err.startswith(f"proof failed: {message}")
     assert (older / WEIGHTS).read_bytes() == b"older" and not (
@@ -183,12 +185,13 @@ def test_a_tampered_folder_is_found(adapter, older, merge_lora, monkeypatch, cap
 
 
 def test_a_result_without_the_adapter_is_found(tiny_base, adapter, older, merge_lora, monkeypatch, capsys):
-    def swap(plan, folder):
-        write_rest(plan, folder)
-        shutil.copy(tiny_base / WEIGHTS, folder)
+    prove = making.prove
 
-    write_rest = making.write_rest
-    monkeypatch.setattr(making, "write_rest", swap)
+    def swap_and_prove(plan, folder, proof):
+        shutil.copy(tiny_base / WEIGHTS, folder)
+        return prove(plan, folder, proof)
+
+    monkeypatch.setattr(making, "prove", swap_and_prove)
     assert merge_lora(adapter, "-o", older, "--overwrite_output_dir") == 1
     first = QUERY.replace(".1.", ".0.")
     assert capsys.readouterr().err.startswith(f"proof failed: {first}: [0, 0] is ")

@@ -77,7 +77,7 @@ def test_adapter_and_output_are_enough(adapter, tiny_base, merge_lora, tmp_path,
         f"adapter     {adapter} (LoRA, rank 4, alpha 12, 14 modules)",
         f"output      {tmp_path}/out",
         f"parameters  {lora:,} of the adapter, {total:,} of the model: {lora / total:.2%}; weights in float32",
-        "[1/3] writing 24 tensors, 14 of them merged",
+        "[2/3] writing 24 tensors, 14 of them merged",
     ):
         assert f"{line}\n" in said
     assert "complete model, not proven (--no_validate): weights there, no adapter_config.json" in said
@@ -276,7 +276,7 @@ def test_a_rename_that_fails_loses_nothing(adapter, merge_lora, tmp_path, monkey
 # Killed
 
 
-@pytest.mark.parametrize("when", ["[1/3]", "[3/3]"])
+@pytest.mark.parametrize("when", ["[2/3]", "[3/3]"])
 def test_a_killed_merge_leaves_nothing_that_loads(adapter, merge_lora, tmp_path, when):
     out = tmp_path / "models" / "out"
     assert kill_at(when, [adapter, "-o", out]) == -signal.SIGKILL
