@@ -184,7 +184,7 @@ def test_all_faults_of_a_launch_are_told_at_once(kit: Kit):
 
 def test_a_merge_wants_a_stage(kit: Kit):
     assert kit.refuse("run_merge.sh", "ppo") == [
-        'usage: scripts/run_merge.sh STAGE (pt, sft, rm or dpo), not "ppo"'
+        'usage: scripts/run_merge.sh STAGE (pt, sft, rm, dpo or ppo), not "ppo"'
     ]
 
 
