@@ -183,8 +183,8 @@ def test_all_faults_of_a_launch_are_told_at_once(kit: Kit):
 
 
 def test_a_merge_wants_a_stage(kit: Kit):
-    assert kit.refuse("run_merge.sh", "ppo") == [
-        'usage: scripts/run_merge.sh STAGE (pt, sft, rm, dpo or ppo), not "ppo"'
+    assert kit.refuse("run_merge.sh", "eval") == [
+        'usage: scripts/run_merge.sh STAGE (pt, sft, rm, dpo or ppo), not "eval"'
     ]
 
 
