@@ -60,6 +60,7 @@ def test_what_no_adapter_touches_keeps_every_bit(tiny_base, tmp_path):
     odd = torch.tensor([0x7FC01234, -0x80000000, 1, 0x7F800000], dtype=torch.int32).view(torch.float32)
     reweigh(base, lambda t: t.update({NORM: odd.repeat(8), "model.count": torch.arange(5)}), WEIGHTS)
     adapter = make_adapter(tiny_base, tmp_path / "adapter", target_modules=["q_proj"])
+    configure(adapter, base_model_name_or_path="elsewhere/model")  # the base it names is another one now
     result, before = merged(base, adapter, output=tmp_path / "out"), tensors_of(base)
     changed = {name for name in before if result[name].numpy().tobytes() != before[name].numpy().tobytes()}
     assert changed == {QUERY, QUERY.replace(".1.", ".0.")} and result.keys() == before.keys()

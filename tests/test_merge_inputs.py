@@ -224,8 +224,14 @@ def test_another_base_of_the_same_size_is_refused(tiny_base, own_adapter, tmp_pa
     other = copy_model(tiny_base, tmp_path / "other")
     assert told(plan_of, other, own_adapter) == [
         f"--lora_model {own_adapter}: was trained on other weights than those of --base_model {other} "
-        f"(lineage.json names {tiny_base}); give that base, or remove the adapter's lineage.json if you know better (the same weights in another dtype)"
+        f"(lineage.json names {tiny_base}); give that base, or take that name out of lineage.json if you know better (the same "
+        "weights in another dtype)"
     ]
+    (own_adapter / "lineage.json").unlink()  # one that came from elsewhere names a base, which may lie here
+    [line] = told(plan_of, other, own_adapter)
+    assert f"(adapter_config.json names {tiny_base}); give that base" in line
+    configure(own_adapter, base_model_name_or_path="elsewhere/model")
+    plan_of(other, own_adapter)  # nobody knows
 
 
 @pytest.mark.parametrize("content", ['{"steps": ["sft"]}', '{"steps": {}}', '{"steps": []}', "[]", "{"])

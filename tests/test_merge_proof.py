@@ -17,6 +17,7 @@ from adapters import (
     RANK,
     WEIGHTS,
     causal,
+    configure,
     copy_model,
     loras_of,
     make_adapter,
@@ -222,6 +223,9 @@ def test_a_nan_in_a_module_trained_in_full_is_found(tiny_base, tmp_path, name):
 
 def test_what_float16_can_not_hold_is_found(tiny_base, adapter, older, merge_lora, capsys):
     base = Path(shutil.copytree(tiny_base, older.parent / "base"))
+    adapter = configure(
+        Path(shutil.copytree(adapter, older.parent / "adapter")), base_model_name_or_path="elsewhere"
+    )
     reweigh(base, lambda tensors: tensors[KEY][2].fill_(70000.0), WEIGHTS)
     flags = (adapter, "--base_model", base, "-o", older, "--overwrite_output_dir", "--dtype", "float16")
     assert merge_lora(*flags) == 1

@@ -52,7 +52,7 @@ def settle() -> None:
     """No network, and of the libraries' chatter only the progress."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "LLM_COMPRESSOR_LOG_LEVEL": "ERROR"}
     if not sys.stderr.isatty():
-        os.environ["TQDM_MININTERVAL"] = "30"
+        os.environ["TQDM_DISABLE"] = "1"  # its bars would fill a log line by line
     logging.getLogger("torch.fx").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
     settle_libraries()

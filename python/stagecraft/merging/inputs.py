@@ -7,11 +7,11 @@ from pathlib import Path
 
 from stagecraft import lineage
 from stagecraft.errors import UserError
-from stagecraft.merging.adapter import Adapter, Unknown, open_adapter
+from stagecraft.merging.adapter import CONFIG, Adapter, Unknown, open_adapter
 from stagecraft.merging.hub import locate
 from stagecraft.merging.plan import Base, Plan, open_base
 from stagecraft.merging.planning import make_plan
-from stagecraft.merging.tensors import fingerprint
+from stagecraft.merging.tensors import Damaged, fingerprint, open_weights
 
 
 def plan_merge(base: str | None, adapters: list[str], weights: list[float] | None, dtype: str) -> Plan:
@@ -36,11 +36,13 @@ def plan_merge(base: str | None, adapters: list[str], weights: list[float] | Non
         found = _open_base(base, opened)
     except UserError as error:
         faults.append(str(error))
-    if found and not faults:
-        faults += [fault for adapter in opened if (fault := _other_base(adapter, found))]
-    if faults:
+    if found is None or faults:
         raise UserError(*faults)
-    return make_plan(found, opened, weights or [1.0] * len(opened), dtype)
+    plan = make_plan(found, opened, weights or [1.0] * len(opened), dtype)
+    others = [fault for adapter in opened if (fault := _other_base(adapter, found))]
+    if others:
+        raise UserError(*others)
+    return plan
 
 
 def _twice(adapters: list[str]) -> set[str]:
@@ -63,14 +65,27 @@ def _open_base(base: str | None, adapters: list[Adapter]) -> Base | None:
     return open_base(locate(named.pop(), "--base_model"))
 
 
+def _dtypes(folder: Path) -> set[str]:
+    try:
+        return {tensor.dtype for tensor in open_weights(folder).values()}
+    except (Damaged, OSError):
+        return set()
+
+
 def _other_base(adapter: Adapter, base: Base) -> str | None:
-    """What is wrong where the adapter's lineage knows the weights it was trained on and the base has others."""
+    """What is wrong where it is known which weights the adapter was trained on and the base has others.
+
+    The adapter's lineage knows; an adapter that came without one names a base, which may lie here.
+    """
     steps = lineage.read(adapter.folder)
-    known = steps[-1].get("base_fingerprint") if steps else None
+    known, source = (steps[-1].get("base_fingerprint"), lineage.FILE) if steps else (None, lineage.FILE)
+    named = steps[-1].get("base") if steps else adapter.config.get("base_model_name_or_path")
+    if known is None and named and _dtypes(Path(named)) == {tensor.dtype for tensor in base.tensors.values()}:
+        known, source = lineage.fingerprint_of(Path(named)), CONFIG
     if known is None or known == fingerprint(base.tensors):
         return None
     return (
         f"--lora_model {adapter.folder}: was trained on other weights than those of --base_model {base.folder} "
-        f"({lineage.FILE} names {steps[-1].get('base')}); give that base, or remove the adapter's "
-        f"{lineage.FILE} if you know better (the same weights in another dtype)"
+        f"({source} names {named}); give that base, or take that name out of {source} if you know better (the same "
+        "weights in another dtype)"
     )
