@@ -115,7 +115,7 @@ fi
 command=("$python")
 # DeepSpeed reads its configuration against the process group, so it wants torchrun even for one process.
 if ((processes > 1 || nodes > 1)) || [[ -n ${DEEPSPEED:-} ]]; then
-  command+=(-m torch.distributed.run --nproc_per_node "$processes") # torchrun, by the name any interpreter finds
+  command+=(python/supervise.py --ranks --nproc_per_node "$processes") # torchrun, with time for a checkpoint
   if ((nodes > 1)); then
     command+=(--nnodes "$nodes" --node_rank "$rank" --master_addr "$MASTER_ADDR" --master_port "$port")
   else
@@ -132,4 +132,5 @@ unset MASTER_ADDR MASTER_PORT # torchrun has them as flags; half of a rendezvous
 printf 'launch:'
 printf ' %q' "${shown[@]}" "${command[@]}"
 echo
-exec env "${shown[@]}" "${command[@]}"
+# Signals go through it to the stage, which it starts again with a smaller micro-batch when memory did not suffice.
+exec env "${shown[@]}" "$python" python/supervise.py "${command[@]}"

@@ -21,7 +21,7 @@ printf "<%s>" "$@"
 echo
 exit "${FAIL:-0}"
 """
-TORCHRUN = "-m torch.distributed.run --nproc_per_node"
+TORCHRUN = "python/supervise.py --ranks --nproc_per_node"
 
 
 class Kit:
@@ -79,14 +79,14 @@ def kit(tmp_path: Path) -> Kit:
 def test_without_cuda_one_plain_process(kit: Kit):
     assert kit.launch("--text", "two words") == [
         "launch: .venv/bin/python python/job.py --text two\\ words",
-        "python: python/job.py --text two words",
+        "python: python/supervise.py .venv/bin/python python/job.py --text two words",
     ]
 
 
 def test_gpus_without_cuda_are_cpu_processes(kit: Kit):
     lines = kit.launch(GPUS="0,1", OMP_NUM_THREADS="3")
     assert lines[0] == "GPUS=0,1: no CUDA device here, so 2 CPU processes"
-    assert lines[2:] == [f"python: {TORCHRUN} 2 --standalone python/job.py", "OMP_NUM_THREADS=3"]
+    assert lines[2:] == [f"python: python/supervise.py .venv/bin/python {TORCHRUN} 2 --standalone python/job.py", "OMP_NUM_THREADS=3"]
     assert kit.launch(GPUS="0")[0] == "GPUS=0: no CUDA device here, so 1 CPU process"
 
 
@@ -94,7 +94,7 @@ def test_processes_share_the_cores(kit: Kit):
     threads = len(os.sched_getaffinity(0)) // 2 or 1
     assert kit.launch(NPROC="2") == [
         f"launch: OMP_NUM_THREADS={threads} .venv/bin/python {TORCHRUN} 2 --standalone python/job.py",
-        f"python: {TORCHRUN} 2 --standalone python/job.py",
+        f"python: python/supervise.py .venv/bin/python {TORCHRUN} 2 --standalone python/job.py",
         f"OMP_NUM_THREADS={threads}",
     ]
     assert not any("OMP_NUM_THREADS" in line for line in kit.launch())
@@ -102,42 +102,42 @@ def test_processes_share_the_cores(kit: Kit):
 
 def test_every_cuda_device_gets_a_process(kit: Kit):
     kit.add_gpus(4)
-    assert kit.launch()[1] == f"python: {TORCHRUN} 4 --standalone python/job.py"
+    assert kit.launch()[1] == f"python: python/supervise.py .venv/bin/python {TORCHRUN} 4 --standalone python/job.py"
     kit.add_gpus(1)
-    assert kit.launch()[1] == "python: python/job.py"
+    assert kit.launch()[1] == "python: python/supervise.py .venv/bin/python python/job.py"
 
 
 def test_gpus_choose_devices(kit: Kit):
     kit.add_gpus(4)
     lines = kit.launch(GPUS="1,3")
-    assert f"python: {TORCHRUN} 2 --standalone python/job.py" in lines
+    assert f"python: python/supervise.py .venv/bin/python {TORCHRUN} 2 --standalone python/job.py" in lines
     assert "CUDA_VISIBLE_DEVICES=1,3" in lines
-    assert kit.launch(GPUS="2")[1:] == ["python: python/job.py", "CUDA_VISIBLE_DEVICES=2"]
+    assert kit.launch(GPUS="2")[1:] == ["python: python/supervise.py .venv/bin/python python/job.py", "CUDA_VISIBLE_DEVICES=2"]
 
 
 def test_one_process_for_several_devices_only_when_both_are_named(kit: Kit):
     kit.add_gpus(4)
-    assert kit.launch(GPUS="0,1", NPROC="1")[1:] == ["python: python/job.py", "CUDA_VISIBLE_DEVICES=0,1"]
-    assert kit.launch(NPROC="1")[1:] == ["python: python/job.py", "CUDA_VISIBLE_DEVICES=0"]
+    assert kit.launch(GPUS="0,1", NPROC="1")[1:] == ["python: python/supervise.py .venv/bin/python python/job.py", "CUDA_VISIBLE_DEVICES=0,1"]
+    assert kit.launch(NPROC="1")[1:] == ["python: python/supervise.py .venv/bin/python python/job.py", "CUDA_VISIBLE_DEVICES=0"]
     assert "CUDA_VISIBLE_DEVICES=2,3" in kit.launch(NPROC="2", CUDA_VISIBLE_DEVICES="2,3,0")
 
 
 def test_a_schedulers_choice_of_devices_counts(kit: Kit):
     kit.add_gpus(8)
-    assert kit.launch(CUDA_VISIBLE_DEVICES="2,5")[1] == f"python: {TORCHRUN} 2 --standalone python/job.py"
-    assert kit.launch(CUDA_VISIBLE_DEVICES="")[1] == "python: python/job.py"
-    assert kit.launch(CUDA_VISIBLE_DEVICES="-1")[1] == "python: python/job.py"
+    assert kit.launch(CUDA_VISIBLE_DEVICES="2,5")[1] == f"python: python/supervise.py .venv/bin/python {TORCHRUN} 2 --standalone python/job.py"
+    assert kit.launch(CUDA_VISIBLE_DEVICES="")[1] == "python: python/supervise.py .venv/bin/python python/job.py"
+    assert kit.launch(CUDA_VISIBLE_DEVICES="-1")[1] == "python: python/supervise.py .venv/bin/python python/job.py"
 
 
 def test_several_machines(kit: Kit):
     lines = kit.launch(NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1")
     flags = "--nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 29500"
-    assert f"python: {TORCHRUN} 1 {flags} python/job.py" in lines
+    assert f"python: python/supervise.py .venv/bin/python {TORCHRUN} 1 {flags} python/job.py" in lines
     assert not any(line.startswith("MASTER_") for line in lines)
 
 
 def test_deepspeed_wants_torchrun_and_the_cpu_said(kit: Kit):
-    wanted = f"python: {TORCHRUN} 1 --standalone python/job.py --seed 1 --deepspeed ds_configs/zero2.json"
+    wanted = f"python: python/supervise.py .venv/bin/python {TORCHRUN} 1 --standalone python/job.py --seed 1 --deepspeed ds_configs/zero2.json"
     assert kit.launch("--seed", "1", DEEPSPEED="zero2")[1:] == [wanted, "DS_ACCELERATOR=cpu"]
     kit.add_gpus(1)
     assert kit.launch("--seed", "1", DEEPSPEED="zero2")[1:] == [wanted]

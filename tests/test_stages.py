@@ -216,15 +216,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_weights(
     words = [*sft(tiny_base, rows, output), "--save_strategy", "steps", "--save_steps", "2"]
     whole = tmp_path / "whole"
     assert script("supervised_finetuning.py", *words, "--output_dir", whole).returncode == 0
-    killer = (
-        "import sys, os, signal; sys.path.insert(0, 'python'); sys.argv = sys.argv[1:]\n"
-        "from transformers import Trainer; save = Trainer._save_checkpoint\n"
-        "def saved_then_killed(self, *a, **k):\n"
-        "    save(self, *a, **k); os.kill(os.getpid(), signal.SIGKILL)\n"
-        "Trainer._save_checkpoint = saved_then_killed\n"
-        "import supervised_finetuning; supervised_finetuning.main()\n"
-    )
-    killed = run_command([sys.executable, "-c", killer, "x", *map(str, words)])
+    killed = script("supervised_finetuning.py", *words, env=os.environ | {"STAGECRAFT_FAULT": "kill@3"})
     assert killed.returncode == -9 and not (output / "TRAINED").exists()
     resumed = script("supervised_finetuning.py", *words)
     assert resumed.returncode == 0, resumed.stderr

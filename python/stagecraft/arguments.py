@@ -185,7 +185,12 @@ class RunArguments:
     )
     resume_from_checkpoint: str | None = field(
         default=None,
-        metadata={"help": "True (newest checkpoint), PATH or False; unset: go on if the run is the same one"},
+        metadata={
+            "help": "True (there must be one), PATH or False (start afresh); unset: go on where there is one"
+        },
+    )
+    resume_anyway: bool = field(
+        default=False, metadata={"help": "go on although flags or data are not those of the checkpoint"}
     )
     logging_dir: str | None = field(
         default=None, metadata={"help": "TensorBoard events (default OUTPUT_DIR/logs)"}

@@ -16,6 +16,14 @@ class UserError(Exception):
         super().__init__("\n".join(lines))
 
 
+class Stopped(Exception):
+    """A run that ends before its end, for a reason that is no mistake of the command: plain lines, `status`."""
+
+    def __init__(self, *lines: str, status: int = 1) -> None:
+        super().__init__("\n".join(lines))
+        self.status = status
+
+
 class ProofFailed(Exception):
     """A result that does not hold against its proof: what is wrong with it, and where it was put aside."""
 
@@ -34,6 +42,10 @@ def run_main(main: Callable[[], None]) -> None:
         if os.environ.get("RANK", "0") == "0":  # under torchrun every rank finds the same fault; one tells it
             print(error, file=sys.stderr)
         sys.exit(2)
+    except Stopped as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr)
+        sys.exit(error.status)
     except ProofFailed as error:
         print(f"proof failed: {error}", file=sys.stderr)
         sys.exit(1)

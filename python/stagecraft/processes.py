@@ -8,6 +8,6 @@ import signal
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
-    """Call in a child: a parent that was killed leaves nobody behind (Linux)."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Call in a child: a parent that was killed leaves nobody behind (Linux). `number`: the signal the child gets."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)

@@ -13,13 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from stagecraft import lineage
+from stagecraft import checkpoints, disk, lineage
 from stagecraft.arguments import RunArguments
 from stagecraft.console import settle_libraries
-from stagecraft.errors import ProofFailed, UserError
+from stagecraft.errors import ProofFailed, Stopped, UserError
 from stagecraft.files import replace_folder, require_free_disk, write_json, write_text
+from stagecraft.interrupts import Interrupted, Interrupts
 from stagecraft.manifest import describe_run, is_secret, now
 from stagecraft.models import describe_parameters, resolve_precision
+from stagecraft.processes import die_with_parent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
@@ -33,6 +35,7 @@ UNWATCHED = {
     "output_dir",
     "overwrite_output_dir",
     "resume_from_checkpoint",
+    "resume_anyway",
     "logging_dir",
     "report_to",
     "run_name",
@@ -40,6 +43,24 @@ UNWATCHED = {
     "preprocessing_num_workers",
     "save_total_limit",
 }
+
+
+# Exit statuses: come back to go on (as sysexits has it for a temporary failure); start again with a smaller batch.
+INTERRUPTED, OUT_OF_MEMORY = 75, 76
+# What a run keeps in checkpoints/ beside them.
+IDENTITY, MICRO_BATCH, RESTARTS, STOPPED = (
+    "identity.json",
+    "micro_batch.json",
+    "restarts.json",
+    "stopped.json",
+)
+LOWER = (
+    "  --model_max_length, --block_size or --max_source_length: activations grow with the longest row",
+    "  --gradient_checkpointing true: activations of one layer at a time, a third more time",
+    "  --load_in_4bit true (LoRA): a quarter of the base's weights",
+    "  --lora_rank, or fewer --target_modules: gradients and optimizer",
+    "  DEEPSPEED=zero3 or more GPUS: weights and optimizer spread over cards",
+)
 
 
 class Stage:
@@ -56,6 +77,8 @@ class Stage:
         self.arguments = {k: v for group in groups for k, v in dataclasses.asdict(group).items()} | training
         self.is_main = int(os.environ.get("RANK", "0")) == 0
         self.manifest: dict[str, Any] = {}
+        self.interrupts = Interrupts()
+        self.trainer: Trainer | None = None  # once it trains
 
     def configure(self, config_class: type, training: dict[str, Any], **ours: Any) -> Any:
         """The trainer's configuration: flags as given, and what the folder and the machine decide.
@@ -83,6 +106,7 @@ class Stage:
             # ZeRO-3 reads the world size when its configuration is read; without a process group that is one.
             deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
         print(resolve_precision(training), flush=True)
+        ours |= self._smaller_batch()
         try:
             return config_class(**values | training | ours, output_dir=str(self.checkpoints))
         except (ValueError, TypeError, ImportError) as error:
@@ -93,21 +117,17 @@ class Stage:
         from transformers import PrinterCallback
 
         from stagecraft.progress import Progress
+        from stagecraft.watching import Watch
 
         if self.is_main:
             self.clear_finished()
-        identity = self._identity(corpus)
-        checkpoint = self._resume_point(identity)
-        trainer.accelerator.wait_for_everyone()
-        if self.is_main:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_json(self.checkpoints / "identity.json", identity)
-        print(describe_parameters(trainer.model), flush=True)
         world = trainer.accelerator.num_processes
         if world != int(os.environ.get("WORLD_SIZE", "1")):
             raise RuntimeError(
                 f"{os.environ['WORLD_SIZE']} processes were started, but the trainer sees {world}"
             )
+        checkpoint = self._resume_point(trainer, self._identity(corpus))
+        print(describe_parameters(trainer.model), flush=True)
         args = trainer.args
         each, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
         print(
@@ -115,6 +135,8 @@ class Stage:
             f"process{'es' if world > 1 else ''}",
             flush=True,
         )
+        if self.is_main:
+            disk.require_room(trainer, self.folder, self.arguments)
         self.manifest |= {
             "data": corpus.files,
             "counts": corpus.counts,
@@ -124,8 +146,19 @@ class Stage:
             "seed": args.seed,
         }
         trainer.remove_callback(PrinterCallback)
+        Watch(trainer, trainer.processing_class, self.interrupts, keep=args.save_total_limit)
+        args.save_total_limit = None  # an older checkpoint goes when the newer one is sealed, see Watch
         trainer.add_callback(Progress(self.name, self.logs / "progress.jsonl", show=self.is_main))
+        self.trainer = trainer
+        self.interrupts.training = True
         result = trainer.train(resume_from_checkpoint=checkpoint)
+        if self.interrupts.name and result.global_step < trainer.state.max_steps:
+            self._note_stop(self.interrupts.name)
+            raise Stopped(
+                f"{self.name}: stopped by {self.interrupts.name} after step {result.global_step} of {trainer.state.max_steps}, "
+                "which is kept; the same command goes on from there",
+                status=INTERRUPTED,
+            )
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         self.manifest["metrics"] = {
             "steps": result.global_step,
@@ -163,11 +196,14 @@ class Stage:
             "README.md",
         ):  # a pickle, and a card that PEFT fills with blanks
             (temporary / leftover).unlink(missing_ok=True)
+        self.manifest |= {"restarts": self._restarts(), "finished": now()}
+        self.manifest["outputs"] = {
+            f"{name}/{file}": described for file, described in checkpoints.describe_files(temporary).items()
+        }
         replace_folder(temporary, self.folder / name)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-        self.manifest["finished"] = now()
         write_json(self.folder / "run.json", self.manifest)
         write_text(self.folder / "TRAINED", now() + "\n")
+        shutil.rmtree(self.checkpoints, ignore_errors=True)  # last: until then they are all there is
         print(self._outcome(name), flush=True)
 
     def _outcome(self, name: str) -> str:
@@ -203,7 +239,7 @@ class Stage:
         finished = [self.folder / marker for marker in ("DONE", "TRAINED") if (self.folder / marker).exists()]
         for marker in finished:  # markers go first, so that a crash below leaves no false DONE
             marker.unlink()
-        for name in ("adapter", "model") if finished else ():
+        for name in ("adapter", "model", "checkpoints") if finished else ():
             shutil.rmtree(self.folder / name, ignore_errors=True)
         for entry in self.logs.iterdir() if finished else ():
             if entry.name != "train.log":
@@ -212,40 +248,112 @@ class Stage:
     def _identity(self, corpus: Corpus) -> dict[str, Any]:
         """What makes a run the same run: everything that changes its weights."""
         watched = {k: v for k, v in self.arguments.items() if k not in UNWATCHED and not is_secret(k)}
-        return {"arguments": watched, "data": {file["path"]: file["sha256"] for file in corpus.files}}
+        watched["processes"] = int(os.environ.get("WORLD_SIZE", "1"))
+        identity = {"arguments": watched, "data": {file["path"]: file["sha256"] for file in corpus.files}}
+        return json.loads(json.dumps(identity, default=str))
 
-    def _resume_point(self, identity: dict[str, Any]) -> str | None:
-        """The checkpoint to go on from, or None for a fresh start (which clears unfinished checkpoints)."""
-        asked = self.args.resume_from_checkpoint
-        if asked and asked.lower() not in ("true", "false"):
-            if not (Path(asked) / "trainer_state.json").exists():
-                raise UserError(f"--resume_from_checkpoint {asked}: no complete checkpoint there")
-            return asked
-        found = sorted(self.checkpoints.glob("checkpoint-*/trainer_state.json"), key=_step_of)
-        if not found:
-            if asked and asked.lower() == "true":
-                raise UserError(f"--resume_from_checkpoint True: no checkpoint in {self.checkpoints}")
-            return None
-        newest = found[-1].parent
-        try:
-            before = json.loads((self.checkpoints / "identity.json").read_text())
-        except (OSError, json.JSONDecodeError):
-            before = {}
-        differences = _differences(before, json.loads(json.dumps(identity, default=str)))
-        if asked and asked.lower() == "true" or asked is None and not differences:
-            print(f"resuming from {newest}", flush=True)
-            return str(newest)
-        if not self.args.overwrite_output_dir and asked is None:
+    def _resume_point(self, trainer: Trainer, identity: dict[str, Any]) -> str | None:
+        """The checkpoint to go on from, or None for a start from the beginning. The first rank decides for all."""
+        from accelerate.utils import broadcast_object_list
+
+        decided = [self._decide(identity) if self.is_main else None]
+        broadcast_object_list(decided)
+        trainer.accelerator.wait_for_everyone()
+        return decided[0]
+
+    def _decide(self, identity: dict[str, Any]) -> str | None:
+        asked = (self.args.resume_from_checkpoint or "").lower()
+        found = checkpoints.found_in(self.checkpoints)
+        if asked == "false" and self.checkpoints.exists():
+            if found:
+                print(f"{found[0].name} is removed, as asked: starting from the beginning", flush=True)
+            shutil.rmtree(self.checkpoints)
+            found = []
+        before = _read_json(self.checkpoints / IDENTITY)
+        differences = _differences(before, identity) if found else []
+        if differences and not self.args.resume_anyway:
             raise UserError(
-                f"--output_dir {self.folder}: holds {newest.name} of another run:",
+                f"--output_dir {self.folder}: holds {found[0].name} of another run:",
                 *differences,
-                "--overwrite_output_dir starts afresh, --resume_from_checkpoint True goes on all the same",
+                "--resume_anyway goes on all the same, --resume_from_checkpoint False starts afresh and removes it",
             )
-        why = "as asked" if asked else f"the run is another one now ({differences[0].strip()})"
-        print(f"starting afresh, {newest.name} is removed: {why}", flush=True)
+        chosen = self._chosen(asked)
+        if before:  # a run was under way here
+            stopped = _read_json(self.checkpoints / STOPPED)
+            step = checkpoints.step_of(chosen) if chosen else 0
+            restart = {"time": now(), "reason": stopped.get("reason", "killed"), "step": step}
+            write_json(self.checkpoints / RESTARTS, [*self._restarts(), restart])
+            (self.checkpoints / STOPPED).unlink(missing_ok=True)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_json(self.checkpoints / IDENTITY, identity)
+        if chosen:
+            print(f"resuming from {chosen}", flush=True)
+        return str(chosen) if chosen else None
+
+    def _chosen(self, asked: str) -> Path | None:
+        if asked not in ("", "true", "false"):
+            path = Path(self.args.resume_from_checkpoint or "")
+            fault = checkpoints.fault_of(path) if (path / checkpoints.SEAL).exists() else None
+            if fault or not (path / "trainer_state.json").exists():
+                raise UserError(
+                    f"--resume_from_checkpoint {path}: {fault or 'no complete checkpoint there'}; name another one"
+                )
+            return path
+        chosen, said = checkpoints.newest_whole(self.checkpoints)
+        for line in said:
+            print(line, flush=True)
+        if chosen is None and asked == "true":
+            raise UserError(f"--resume_from_checkpoint True: no checkpoint in {self.checkpoints}")
+        if chosen is None and said:
+            print("no checkpoint is left: starting from the beginning", flush=True)
+        return chosen
+
+    def _restarts(self) -> list[dict[str, Any]]:
+        restarts = _read_json(self.checkpoints / RESTARTS)
+        return restarts if isinstance(restarts, list) else []
+
+    def _note_stop(self, reason: str) -> None:
+        """Why this process ends before the run does: told at the next start, and in run.json at the end."""
+        if self.is_main and self.checkpoints.exists():
+            with contextlib.suppress(OSError):  # a full disk, perhaps: the reason is worth no second error
+                write_json(self.checkpoints / STOPPED, {"reason": reason, "time": now()})
+
+    def _smaller_batch(self) -> dict[str, int]:
+        """The micro-batch that an out-of-memory stop left for this run; nothing where there was none."""
+        if (self.args.resume_from_checkpoint or "").lower() == "false":
+            return {}
+        found = _read_json(self.checkpoints / MICRO_BATCH)
+        if found:
+            print(
+                f"micro-batch {found['per_device_train_batch_size']} x {found['gradient_accumulation_steps']} accumulated, since "
+                "memory did not suffice for a larger one",
+                flush=True,
+            )
+        return found
+
+    def out_of_memory(self, error: BaseException) -> Exception:
+        """What to raise for it: a stop that a smaller micro-batch follows, or what else could be lowered."""
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        self._note_stop("out of memory")
+        args = self.trainer.args if self.trainer else None
+        smaller = (
+            _next_smaller(args.per_device_train_batch_size, args.gradient_accumulation_steps)
+            if args
+            else None
+        )
+        if smaller is None:
+            return UserError(f"out of memory ({reason}); what else to lower, in order of effect:", *LOWER)
         if self.is_main:
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
-        return None
+            write_json(
+                self.checkpoints / MICRO_BATCH,
+                {"per_device_train_batch_size": smaller[0], "gradient_accumulation_steps": smaller[1]},
+            )
+        return Stopped(
+            f"{self.name}: out of memory after step {self.trainer.state.global_step} with a micro-batch of "
+            f"{args.per_device_train_batch_size} ({reason}); the next start takes {smaller[0]} x {smaller[1]} accumulated, the same "
+            "global batch",
+            status=OUT_OF_MEMORY,
+        )
 
 
 @contextlib.contextmanager
@@ -253,17 +361,36 @@ def stage(name: str, args: RunArguments, *groups: Any, training: dict[str, Any])
     """Hold a stage's folder: locked, logged to logs/train.log, and described in run.json."""
     current = Stage(name, args, groups, training)
     settle_libraries()
-    if not current.is_main:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- one voice: rank 0 speaks, errors of all ranks are heard
-        yield current
-        return
-    require_free_disk(current.folder, _bytes_to_write(current.arguments))
-    with lock(current.folder):
-        current._refuse_taken()
-        with tee(current.logs / "train.log"):
+    if "WORLD_SIZE" in os.environ:
+        die_with_parent()  # a rank whose torchrun was killed would hold the card and wait for the others
+    with contextlib.ExitStack() as held, current.interrupts:
+        if current.is_main:
+            require_free_disk(current.folder, disk.final_bytes(current.arguments))
+            held.enter_context(lock(current.folder))
+            current._refuse_taken()
+            held.enter_context(tee(current.logs / "train.log"))
             current.manifest = describe_run(name, current.arguments)
             print(f"{name}: {current.arguments['model_name_or_path']} -> {current.folder}", flush=True)
+        else:  # one voice: rank 0 speaks, errors of all ranks are heard
+            held.enter_context(contextlib.redirect_stdout(held.enter_context(open(os.devnull, "w"))))
+        try:
             yield current
+        except Interrupted as signal:
+            raise Stopped(
+                f"{name}: stopped by {signal} before the first step; the same command starts it again",
+                status=INTERRUPTED,
+            ) from None
+        except Stopped as stop:
+            if stop.status == 1:
+                current._note_stop(str(stop).splitlines()[0])
+            raise
+        except UserError as error:
+            current._note_stop(str(error).splitlines()[0])
+            raise
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise current.out_of_memory(error) from None
 
 
 @contextlib.contextmanager
@@ -342,14 +469,24 @@ def tee(path: Path) -> Iterator[None]:
             sys.stdout, sys.stderr = out, err
 
 
-def _bytes_to_write(arguments: dict[str, Any]) -> int:
-    """Upper estimate: checkpoints (weights and two fp32 moments each) and the final model, all from the base's size."""
-    base = Path(str(arguments.get("model_name_or_path")))
-    weights = sum(file.stat().st_size for file in base.glob("*.safetensors")) if base.is_dir() else 0
-    kept = 0 if arguments.get("save_strategy") == "no" else int(arguments.get("save_total_limit") or 1)
-    if arguments.get("use_peft"):
-        return weights + 50_000_000  # adapters and their checkpoints are small beside the merged model
-    return weights * (1 + 3 * kept)
+def _is_out_of_memory(error: BaseException) -> bool:
+    from stagecraft.watching import is_out_of_memory
+
+    return is_out_of_memory(error)
+
+
+def _next_smaller(each: int, accumulated: int) -> tuple[int, int] | None:
+    """(micro-batch, accumulation) with the largest micro-batch up to half of `each` that keeps the global batch."""
+    total = each * accumulated
+    return next(((size, total // size) for size in range(each // 2, 0, -1) if total % size == 0), None)
+
+
+def _read_json(path: Path) -> Any:
+    """What a file of ours says; an empty dict where it is not there or not whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -365,7 +502,3 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
                 )
                 found.append(f"  {shown}")
     return found
-
-
-def _step_of(state: Path) -> int:
-    return int(state.parent.name.rsplit("-", 1)[1])
