@@ -11,6 +11,7 @@ proof failed; what was written is kept beside the output folder as OUTPUT.failed
 """
 
 import os
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,6 +82,10 @@ def main() -> None:
         if (folder / "adapter").exists():
             plan = plan_merge(args.base_model, [str(folder / "adapter")], args.weights, args.dtype)
             merge(args, plan, folder / "model")
+            run.note_outputs(folder, "model")
+        shutil.rmtree(
+            folder / "checkpoints", ignore_errors=True
+        )  # a kill may have come between TRAINED and this
         models.require_model_folder(str(folder / "model"), "--stage_dir")
         files.write_text(folder / "DONE", f"{folder / 'model'}\n")
 

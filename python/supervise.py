@@ -27,7 +27,7 @@ def main() -> None:
         run_ranks(sys.argv[2:])
         return
     while True:
-        status = run(sys.argv[1:])
+        status = run_once(sys.argv[1:])
         if status != OUT_OF_MEMORY:
             break
         print("starting again with the smaller micro-batch", flush=True)
@@ -37,7 +37,7 @@ def main() -> None:
     sys.exit(status)
 
 
-def run(command: list[str]) -> int:
+def run_once(command: list[str]) -> int:
     """The command's exit status; signals that come meanwhile are its own, and it may take its time."""
     # Should this process be killed, the stage gets the chance to keep its last step.
     process = subprocess.Popen(command, preexec_fn=functools.partial(die_with_parent, signal.SIGTERM))
@@ -51,13 +51,11 @@ def run_ranks(arguments: list[str]) -> None:
     """torchrun; ends with the status of the first rank that failed."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import elastic_launch
-    from torch.distributed.run import config_from_args, parse_args
+    from torch.distributed.run import parse_args, run
 
-    config, command, words = config_from_args(parse_args(arguments))
-    config.shutdown_timeout = GRACE
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE))
     try:
-        elastic_launch(config=config, entrypoint=command)(*words)
+        run(parse_args(arguments))
     except ChildFailedError as error:
         first = min(error.failures.values(), key=lambda failure: failure.timestamp)
         sys.exit(first.exitcode if first.exitcode > 0 else 128 - first.exitcode)

@@ -24,6 +24,10 @@ def settle_libraries() -> None:
         _no_weight_bars()
     # bitsandbytes says at every import that an optional package with faster CPU kernels is missing.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # A smaller micro-batch after an out-of-memory stop is ours, and said in our words.
+    logging.getLogger("transformers.trainer_utils").addFilter(
+        lambda record: "do not match the ones in the `trainer_state.json`" not in record.getMessage()
+    )
     # DeepSpeed calls collectives by their old names, once a step and rank.
     warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated.*", category=FutureWarning)
 

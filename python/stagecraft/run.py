@@ -100,6 +100,12 @@ class Stage:
             values |= {"dataloader_pin_memory": False, "use_cpu": True}
             if "WORLD_SIZE" in os.environ:
                 values["ddp_backend"] = "gloo"
+                # A rank's device is then cpu:0, which torch.load does not know when an optimizer is resumed.
+                torch.serialization.register_package(
+                    0,
+                    lambda storage: None,
+                    lambda storage, place: storage if place.startswith("cpu:") else None,
+                )
         if training.get("deepspeed"):
             import deepspeed
 
@@ -197,11 +203,9 @@ class Stage:
         ):  # a pickle, and a card that PEFT fills with blanks
             (temporary / leftover).unlink(missing_ok=True)
         self.manifest |= {"restarts": self._restarts(), "finished": now()}
-        self.manifest["outputs"] = {
-            f"{name}/{file}": described for file, described in checkpoints.describe_files(temporary).items()
-        }
         replace_folder(temporary, self.folder / name)
         write_json(self.folder / "run.json", self.manifest)
+        note_outputs(self.folder, name)
         write_text(self.folder / "TRAINED", now() + "\n")
         shutil.rmtree(self.checkpoints, ignore_errors=True)  # last: until then they are all there is
         print(self._outcome(name), flush=True)
@@ -391,6 +395,15 @@ def stage(name: str, args: RunArguments, *groups: Any, training: dict[str, Any])
             if not _is_out_of_memory(error):
                 raise
             raise current.out_of_memory(error) from None
+
+
+def note_outputs(folder: Path, name: str) -> None:
+    """Add bytes and SHA-256 of every file in folder/name to the run.json of a stage's folder."""
+    manifest = _read_json(folder / "run.json")
+    outputs = {k: v for k, v in manifest.get("outputs", {}).items() if not k.startswith(f"{name}/")}
+    found = checkpoints.describe_files(folder / name)
+    outputs |= {f"{name}/{file}": described for file, described in found.items()}
+    write_json(folder / "run.json", manifest | {"outputs": outputs})
 
 
 @contextlib.contextmanager
