@@ -1,15 +1,16 @@
-# Stagecraft: the pipeline as files. A stage runs when something it was made from is newer than what it left.
+# Stagecraft: the pipeline as files. A stage runs when something it was made from has another content than it had then:
+# its data, its YAML, the model it starts from. Times play no part. python/check_inputs.py compares, and says why.
 #
 #   outputs-base/R/DONE -> outputs-pt/R/TRAINED -> outputs-pt/R/DONE -> outputs-sft/R/TRAINED -> ...
 #                                                                                    -> outputs-eval/R/DONE
 #
-# TRAINED is written last by a stage's training, DONE last of all by its merge: model/ is complete. A stage's
-# TRAINED also depends on its YAML and on its data; a stage left out of STAGES drops out of the chain.
+# TRAINED is written last by a stage's training, DONE last of all by its merge: model/ is complete. What each was made
+# from is noted beside them (.inputs.json). A stage left out of STAGES drops out of the chain. A stage that was
+# interrupted ends Make with an error; the next Make goes on with it.
 
 MAKEFLAGS += --no-builtin-rules
 .SUFFIXES:
 .DEFAULT_GOAL := help
-.DELETE_ON_ERROR:
 # One stage at a time even under -j: reward model and DPO could run side by side, but they would share the same
 # cores or cards, and two runs that fit alone run out of memory together.
 .NOTPARALLEL:
@@ -21,7 +22,7 @@ RECIPE ?= tiny
 ALL_STAGES := pt sft rm dpo
 MERGES := $(patsubst %,merge-%,$(ALL_STAGES) ppo)
 CLEANS := $(patsubst %,clean-%,base $(ALL_STAGES) eval export)
-TARGETS := help setup data base $(ALL_STAGES) $(MERGES) eval all chat serve export status tensorboard test \
+TARGETS := help setup data base $(ALL_STAGES) $(MERGES) eval all chat serve export status logs tensorboard test \
   lint clean $(CLEANS)
 .PHONY: FORCE $(TARGETS)
 GOALS := $(or $(MAKECMDGOALS),help)
@@ -62,10 +63,17 @@ GPUS ?=
 ## ARGS flags for the stages named on the command line, which then run again
 ARGS :=
 # These two as well: STAGE and FORMAT in an environment are most likely another program's.
-## STAGE whose model make export takes: base, pt, sft, dpo or ppo
-STAGE := $(or $(lastword $(filter-out rm,$(STAGES))),base)
+## STAGE whose model to export, or whose log to follow
+STAGE := $(if $(filter logs,$(GOALS)),,$(or $(lastword $(filter-out rm,$(STAGES))),base))
 ## FORMAT of make export: fp8 or int8
 FORMAT := fp8
+## PRICE what the machine costs an hour: stages then tell what they cost
+PRICE ?=
+ifneq ($(PRICE),)
+  ifeq ($(shell printf '%s\n' '$(subst ','\'',$(PRICE))' | LC_ALL=C grep -xE '[0-9]+([.][0-9]+)?'),)
+    $(error PRICE="$(PRICE)": must be a number, what the machine costs an hour, e.g. PRICE=18 or PRICE=2.49)
+  endif
+endif
 ## NPROC processes, when not one a device
 NPROC ?=
 ## NNODES machines that train together
@@ -103,7 +111,7 @@ EVAL_DATA ?= data/eval
 
 # How the scripts, and the help, get them.
 export RECIPE STAGES GPUS ARGS STAGE FORMAT NPROC NNODES NODE_RANK MASTER_ADDR MASTER_PORT DEEPSPEED ENV HOST PORT MODEL
-export PYTHON PT_DATA SFT_DATA RM_DATA DPO_DATA EVAL_DATA
+export PRICE PYTHON PT_DATA SFT_DATA RM_DATA DPO_DATA EVAL_DATA
 
 # ---- The graph --------------------------------------------------------------------------------------------------
 
@@ -124,12 +132,6 @@ DATA_eval := $(EVAL_DATA:%/=%)
 
 done = outputs-$1/$(RECIPE)/DONE
 
-# Every file in a data folder, and its folders, whose time tells of files that went. Hidden files (an editor's)
-# don't count. What Make would read as syntax, a space too, becomes ?, which matches it again; a name that ends in a
-# parenthesis can't be said at all (a member of an archive to Make), so only its coming and going is seen.
-files = $(shell find -L '$1' -name '.*' ! -path '$1' -prune -o ! -name '*[()]' -print 2>/dev/null | \
-  LC_ALL=C sed 's![^[:alnum:]._/@,+-]!?!g')
-
 # ARGS belong to the stages named on the command line (`all` names every stage of the chain), not to those that
 # are built on the way there. They change the result, so these stages are made again even if they are up to date.
 TAKE_ARGS := $(filter base $(ALL_STAGES) eval export,$(GOALS)) $(if $(filter all,$(GOALS)),$(STAGES))
@@ -139,7 +141,6 @@ ifneq ($(strip $(ARGS)),)
   endif
 endif
 flags = $(if $(filter $1,$(TAKE_ARGS)),$(if $(strip $(ARGS)), $(ARGS)))
-forced = $(if $(call flags,$1),FORCE)
 
 ifneq ($(filter export,$(GOALS)),)
   ifneq ($(words $(STAGE)) $(filter-out base pt sft dpo ppo,$(STAGE)),1 )
@@ -152,9 +153,11 @@ endif
 
 # What isn't there is told before the first stage, not after the hours of those ahead of it.
 chain = $(if $1,$(call chain,$(BEFORE_$1)) $1)
-WANTED := $(sort $(foreach goal,$(GOALS:merge-%=%),$(call chain,$(filter $(ALL_STAGES),$(goal)))) \
-  $(if $(filter export,$(GOALS)),$(call chain,$(filter $(ALL_STAGES),$(STAGE)))) \
-  $(if $(filter all eval,$(GOALS)),$(foreach stage,$(STAGES),$(call chain,$(stage))) eval))
+IN_ORDER := base $(ALL_STAGES) ppo eval export
+NAMED := $(patsubst merge-%,%,$(patsubst outputs-%/$(RECIPE)/DONE,%,$(patsubst outputs-%/$(RECIPE)/TRAINED,%,$(GOALS))))
+NAMED += $(if $(filter export,$(NAMED)),$(STAGE)) $(if $(filter all eval,$(NAMED)),base $(STAGES) eval)
+WANTED := $(foreach stage,$(NAMED),$(call chain,$(filter $(IN_ORDER),$(stage))))
+WANTED := $(filter $(WANTED),$(IN_ORDER))
 NEEDED := $(sort $(foreach stage,$(WANTED),$(DATA_$(stage)) $(if $(DATA_$(stage)),recipes/$(RECIPE)/$(stage).yaml)))
 MISSING := $(strip $(foreach path,$(NEEDED),$(if $(wildcard $(path)),,$(path))))
 ifneq ($(MISSING),)
@@ -162,10 +165,35 @@ ifneq ($(MISSING),)
     DPO_DATA$(COMMA) EVAL_DATA))
 endif
 
-# Another BASE_MODEL, STAGES or data folder than last time leaves no newer file behind, so ask the run itself what
-# it was made from: FORCE unless run.json of stage $1 names the model $2 and the data folder $3.
-other = $(foreach run,$(wildcard outputs-$1/$(RECIPE)/run.json),$(if $(filter 2,$(shell \
-  grep -cF -e '"model_name_or_path": $2' -e '"train_file_dir": $3' $(run))),,FORCE))
+# What a stage is made from, in the words of python/check_inputs.py: name, marker, inputs.
+yaml = file:recipes/$(RECIPE)/$1.yaml
+inputs_base = base $(call done,base) $(if $(wildcard recipes/$(RECIPE)/base.yaml),$(call yaml,base)) \
+  $(if $(BASE_MODEL),name:$(BASE_MODEL),data:$(DATA_pt))
+inputs = $(or $(inputs_$1),$1 outputs-$1/$(RECIPE)/TRAINED $(call yaml,$1) data:$(DATA_$1) \
+  model:outputs-$(BEFORE_$1)/$(RECIPE)/model)
+inputs_ppo = ppo outputs-ppo/$(RECIPE)/TRAINED
+inputs_eval = eval $(call done,eval) $(call yaml,eval) data:$(DATA_eval) \
+  $(foreach stage,base $(STAGES),model:outputs-$(stage)/$(RECIPE)/model)
+# Its config.json stands for the folder, which appears whole or not at all.
+EXPORTED := outputs-export/$(RECIPE)/$(STAGE)-$(FORMAT)/config.json
+inputs_export = export $(EXPORTED) file:requirements/export.txt model:outputs-$(STAGE)/$(RECIPE)/model \
+  $(if $(filter int8,$(FORMAT)),data:$(DATA_sft))
+
+# `make -n` must show commands and nothing else, and write nothing.
+DRY := $(findstring n,$(filter-out --%,$(firstword -$(MAKEFLAGS))))
+CHECK_INPUTS = $(or $(PYTHON),$(wildcard .venv/bin/python),$(firstword $(shell command -v python3.11 python3.12 \
+  python3.13 python3))) python/check_inputs.py
+# What has to run, of all that was asked for: sft (its training), sft+ (its merge) ...
+ifneq ($(WANTED),)
+  STALE := $(shell $(CHECK_INPUTS) plan $(if $(DRY),--dry) --forced '$(if $(strip $(ARGS)),$(TAKE_ARGS))' \
+    $(foreach stage,$(WANTED),'$(strip $(call inputs,$(stage)))'))
+  ifneq ($(firstword $(STALE)),checked)
+    $(error python/check_inputs.py can't tell what is up to date (see above))
+  endif
+endif
+stale = $(if $(filter $1,$(STALE)),FORCE)
+# Around a stage's command: what it is made from is noted before, and holds when it ended well.
+note = $(if $(DRY),,@$(CHECK_INPUTS) $1 '$(strip $(call inputs,$2))')
 
 # The first stage that runs looks ahead at the flags and rows of those after it.
 AFTER_base := pt sft rm dpo eval
@@ -176,46 +204,51 @@ AFTER_dpo := eval
 ahead = $(filter $(WANTED),$(AFTER_$1))
 check-ahead = $(if $(RAN),,$(if $(call ahead,$1),ARGS_FOR='$(TAKE_ARGS)' scripts/check_ahead.sh $(call ahead,$1)))
 
-# Each recipe below notes in RAN that it was reached, so that a target can tell "up to date" from "just made".
+# Each recipe below notes in RAN that it was reached, so that a target can tell "up to date" from "just made". What it
+# depends on stands behind the |, where times don't count: FORCE alone makes it run, or that its marker is missing.
 
-$(call done,base): $(wildcard recipes/$(RECIPE)/base.yaml) \
-    $(if $(BASE_MODEL),,$(call files,$(DATA_pt))) $(call forced,base) \
-    $(call other,base,$(if $(BASE_MODEL),"$(BASE_MODEL)",null),$(if $(BASE_MODEL),null,"$(DATA_pt)")) | $(ENVIRONMENT)
+$(call done,base): $(call stale,base) | $(ENVIRONMENT)
 	$(call check-ahead,base)
+	$(call note,begin,base)
 	$(eval RAN += base)RECIPE=$(RECIPE) BASE_MODEL='$(BASE_MODEL)'$(if $(BASE_MODEL),, DATA='$(DATA_pt)') $(strip \
 	  scripts/run_base.sh)$(call flags,base)
+	$(call note,end,base)
 
 # A training stage, $1: train (TRAINED), then make the complete model (DONE). Two files, so that a merge that
 # failed is done again without training again. $$ is for what must wait until Make reads the rule, or runs it.
 define training-stage
-outputs-$1/$(RECIPE)/TRAINED: recipes/$(RECIPE)/$1.yaml $$(call files,$(DATA_$1)) $$(call done,$(BEFORE_$1)) \
-    $$(call forced,$1) $$(call other,$1,"outputs-$(BEFORE_$1)/$(RECIPE)/model","$(DATA_$1)") | $$(ENVIRONMENT)
+outputs-$1/$(RECIPE)/TRAINED: $$(call stale,$1) | $$(call done,$(BEFORE_$1)) $$(ENVIRONMENT)
 	$$(call check-ahead,$1)
+	$$(call note,begin,$1)
 	$$(eval RAN += $1)RECIPE=$(RECIPE) FROM=$(BEFORE_$1) DATA='$(DATA_$1)' scripts/run_$1.sh$$(call flags,$1)
+	$$(call note,end,$1)
 
-outputs-$1/$(RECIPE)/DONE: outputs-$1/$(RECIPE)/TRAINED | $$(ENVIRONMENT)
+outputs-$1/$(RECIPE)/DONE: $$(call stale,$1+) | outputs-$1/$(RECIPE)/TRAINED $$(ENVIRONMENT)
 	$$(eval RAN += $1)RECIPE=$(RECIPE) scripts/run_merge.sh $1
 endef
 
 $(foreach stage,$(ALL_STAGES),$(eval $(call training-stage,$(stage))))
 
 # No recipe trains PPO in its chain; what a PPO run left is merged like any other stage.
-outputs-ppo/$(RECIPE)/DONE: outputs-ppo/$(RECIPE)/TRAINED | $(ENVIRONMENT)
+outputs-ppo/$(RECIPE)/DONE: $(call stale,ppo+) | outputs-ppo/$(RECIPE)/TRAINED $(ENVIRONMENT)
 	$(eval RAN += ppo)RECIPE=$(RECIPE) scripts/run_merge.sh ppo
 
 outputs-ppo/$(RECIPE)/TRAINED:
 	@echo 'merge-ppo: no finished PPO training in outputs-ppo/$(RECIPE) (TRAINED is missing)' >&2; exit 2
 
-$(call done,eval): recipes/$(RECIPE)/eval.yaml $(call files,$(DATA_eval)) \
-    $(foreach stage,base $(STAGES),$(call done,$(stage))) $(call forced,eval) | $(ENVIRONMENT)
+$(call done,eval): $(call stale,eval) | $(foreach stage,base $(STAGES),$(call done,$(stage))) $(ENVIRONMENT)
+	$(call note,begin,eval)
 	$(eval RAN += eval)RECIPE=$(RECIPE) STAGES='$(STAGES)' DATA='$(DATA_eval)' scripts/run_eval.sh$(call flags,eval)
+	$(call note,end,eval)
 
-# Its config.json stands for the folder, which appears whole or not at all.
-EXPORTED := outputs-export/$(RECIPE)/$(STAGE)-$(FORMAT)/config.json
-$(EXPORTED): $(call done,$(STAGE)) $(if $(filter int8,$(FORMAT)),$(call files,$(DATA_sft))) $(call forced,export) \
-    requirements/export.txt | $(ENVIRONMENT)
+$(EXPORTED): $(call stale,export) | $(call done,$(STAGE)) $(ENVIRONMENT)
+	$(call note,begin,export)
 	$(eval RAN += export)RECIPE=$(RECIPE) STAGE=$(STAGE) FORMAT=$(FORMAT) SFT_DATA='$(DATA_sft)' $(strip \
 	  scripts/export.sh)$(call flags,export)
+	$(call note,end,export)
+
+# A marker is written last and whole: a Make that is interrupted right after it must not take it away.
+.PRECIOUS: $(EXPORTED) $(foreach stage,base $(ALL_STAGES) ppo eval,outputs-$(stage)/$(RECIPE)/TRAINED $(call done,$(stage)))
 
 .venv/.stagecraft-env: $(wildcard requirements/*.txt)
 	scripts/setup.sh
@@ -225,8 +258,6 @@ $(EXPORTED): $(call done,$(STAGE)) $(if $(filter int8,$(FORMAT)),$(call files,$(
 
 # ---- Targets: "target: ## text" is help, a line "##@ Title" starts a group ------------------------------------
 
-# `make -n` must show commands and nothing else.
-DRY := $(findstring n,$(filter-out --%,$(firstword -$(MAKEFLAGS))))
 tell = $(if $(DRY),,@$(if $(RAN),:,echo '$1 (RECIPE=$(RECIPE))'))
 
 # Reads this file: "target: ## text", "##@ Title", and "## NAME text" with the value that NAME has now.
@@ -290,8 +321,11 @@ serve: | $(ENVIRONMENT) ## OpenAI-compatible API on vLLM, or on transformers wit
 export: $(EXPORTED) ## a stage's model in 8 bits for vLLM: make export STAGE=dpo FORMAT=int8
 	$(call tell,$(STAGE) is exported to $(FORMAT) and up to date)
 
-status: ## what is done, running or unfinished
+status: ## how far each stage is: state, step, loss, time left, size on disk
 	@$(or $(PYTHON),python3) python/show_status.py --recipe '$(RECIPE)'
+
+logs: ## follow the running (or newest) log, or make logs STAGE=sft; Ctrl-C ends it
+	@$(or $(PYTHON),python3) python/follow_log.py --recipe '$(RECIPE)' $(if $(STAGE),--stage '$(STAGE)')
 
 tensorboard: | $(ENVIRONMENT) ## the loss curves of every stage, on 127.0.0.1
 	@$(if $(wildcard outputs-*/$(RECIPE)/logs),$(VENV_PYTHON) -m tensorboard.main --host 127.0.0.1 --port \

@@ -1,12 +1,15 @@
-"""How far a recipe's stages are: state, steps, loss, time of the last change and size on disk.
+"""How far a recipe's stages are: state, steps, loss, time left, time of the last change and size on disk.
 
     python3 python/show_status.py --recipe tiny
 
 Needs the standard library only, so it answers before .venv exists and while a run has every core.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
+import datetime
 import json
 import os
 import re
@@ -15,9 +18,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from stagecraft.pace import duration
+
 TRAINING = ("pt", "sft", "rm", "dpo")
-RIGHT = (2, 3, 5)  # columns of figures
+HEAD = ("stage", "state", "step", "loss", "left", "last change", "on disk")
+RIGHT = (2, 3, 4, 6)  # columns of figures
 SECONDS_ALIVE = 120  # a run on another machine, whose process can't be seen here, counts as running so long
+LONGEST_NOTE = 160
+TRACEBACK_ENDS = re.compile(r"[\w.]+(Error|Exception)(:.*)?")
 
 
 def main() -> None:
@@ -26,42 +34,58 @@ def main() -> None:
     )
     parser.add_argument("--recipe", default="tiny", help="a folder in recipes/")
     recipe = parser.parse_args().recipe
-    definition = Path("recipes", recipe, "recipe.mk")
-    if not definition.is_file():
-        there = ", ".join(sorted(path.parent.name for path in Path("recipes").glob("*/recipe.mk")))
-        print(f"--recipe {recipe}: not in recipes/ (there: {there})", file=sys.stderr)
-        sys.exit(2)
-    table = [("stage", "state", "step", "loss", "last change", "on disk")]
-    for stage in ("base", *stages_of(definition.read_text(encoding="utf-8"), recipe), "eval"):
-        table.append(describe(stage, Path(f"outputs-{stage}", recipe)))
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    table, notes = [HEAD], []
+    for stage in ("base", *stages_of(recipe), "eval"):
+        folder = Path(f"outputs-{stage}", recipe)
+        line, note = describe(stage, folder)
+        table.append(line)
+        notes += [f"{stage}: {note[:LONGEST_NOTE]}"] if note else []
+    widths = [max(len(row[i]) for row in table) for i in range(len(HEAD))]
     for row in table:
         cells = [
             c.rjust(w) if i in RIGHT else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
         ]
         print("  ".join(cells).rstrip())
+    for note in notes:
+        print(note)
 
 
-def stages_of(definition: str, recipe: str) -> list[str]:
+def stages_of(recipe: str) -> list[str]:
     """The recipe's stages, and others that have been run, in the order of the pipeline."""
-    named = re.search(r"^STAGES\s*[?:]?=([^#\n]*)", definition, re.MULTILINE)
+    definition = Path("recipes", recipe, "recipe.mk")
+    if not definition.is_file():
+        there = ", ".join(sorted(path.parent.name for path in Path("recipes").glob("*/recipe.mk")))
+        print(f"--recipe {recipe}: not in recipes/ (there: {there})", file=sys.stderr)
+        sys.exit(2)
+    named = re.search(r"^STAGES\s*[?:]?=([^#\n]*)", definition.read_text(encoding="utf-8"), re.MULTILINE)
     chosen = named[1].split() if named else TRAINING
     return [stage for stage in TRAINING if stage in chosen or Path(f"outputs-{stage}", recipe).is_dir()]
 
 
-def describe(stage: str, folder: Path) -> tuple[str, ...]:
-    """A stage's line of the table."""
+def describe(stage: str, folder: Path) -> tuple[tuple[str, ...], str]:
+    """(a stage's line of the table, why it failed if it did)."""
     progress = read_progress(folder / "logs" / "progress.jsonl")
     files = list_files(folder)
     newest = max((changed for changed, _ in files), default=0.0)
-    return (
+    what, note = state(folder, progress)
+    restarts = count_restarts(folder)
+    if restarts:
+        what += f", {restarts} restart{'s' if restarts > 1 else ''}"
+    left = ""
+    if what.startswith("running") and "seconds_left" in progress:
+        left = duration(
+            max(0.0, progress["seconds_left"] - (time.time() - progress.get("time", time.time())))
+        )
+    line = (
         stage,
-        state(folder, progress),
-        f"{progress['step']}/{progress['steps']}" if "step" in progress else "",
+        what,
+        f"{progress['step']}/{progress['steps']}" if {"step", "steps"} <= progress.keys() else "",
         f"{progress['loss']:.4g}" if "loss" in progress else "",
+        left,
         time.strftime("%Y-%m-%d %H:%M", time.localtime(newest)) if newest else "",
         size(sum(count for _, count in files)) if files else "",
     )
+    return line, note
 
 
 def list_files(folder: Path) -> list[tuple[float, int]]:
@@ -75,29 +99,77 @@ def list_files(folder: Path) -> list[tuple[float, int]]:
     return found
 
 
-def state(folder: Path, progress: dict[str, Any]) -> str:
-    """done, trained (not merged), running, unfinished or not started."""
+def state(folder: Path, progress: dict[str, Any]) -> tuple[str, str]:
+    """(what the stage is doing or where it was left, why it failed if it did)."""
+    trained = (folder / "TRAINED").exists()
     if is_running(folder, progress):
-        return "running"
+        return ("merging" if trained else "running"), ""
     if (folder / "DONE").exists():
-        return "done"
-    if (folder / "TRAINED").exists():
-        return "trained, not merged"
-    return "unfinished" if folder.is_dir() and any(folder.iterdir()) else "not started"
+        return "done", ""
+    if trained:
+        return "trained, not merged", last_words(folder)
+    stopped = read_json(folder / "checkpoints" / "stopped.json")
+    reason = str(stopped.get("reason", "")) if isinstance(stopped, dict) else ""
+    if reason.startswith("SIG"):
+        return f"interrupted at step {newest_checkpoint(folder)}", ""
+    reason = reason or last_words(folder)
+    if reason:
+        return "failed", reason
+    started = folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())
+    return ("unfinished" if started else "not started"), ""
+
+
+def newest_checkpoint(folder: Path) -> int:
+    """The step of the newest complete checkpoint, 0 where there is none."""
+    whole = (folder / "checkpoints").glob("checkpoint-*/COMPLETE.json")
+    steps = [path.parent.name.rpartition("-")[2] for path in whole]
+    return max((int(step) for step in steps if step.isdigit()), default=0)
+
+
+def count_restarts(folder: Path) -> int:
+    """How often the run went on after something ended it."""
+    restarts = read_json(folder / "checkpoints" / "restarts.json")
+    if not isinstance(restarts, list):
+        run = read_json(folder / "run.json") if (folder / "TRAINED").exists() else {}
+        restarts = run.get("restarts") if isinstance(run, dict) else []
+    return len(restarts or [])
+
+
+def last_words(folder: Path) -> str:
+    """The last line of the log, if a traceback ends there."""
+    line = ""
+    for name in ("train.log", "eval.log"):
+        with contextlib.suppress(OSError), (folder / "logs" / name).open("rb") as stream:
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - 4096))
+            line = (stream.read().decode("utf-8", "replace").splitlines() or [""])[-1]
+    return line if TRACEBACK_ENDS.fullmatch(line) else ""
 
 
 def is_running(folder: Path, progress: dict[str, Any]) -> bool:
     """Whether the process named in the folder's lock lives, or, without a lock, whether a step is fresh."""
     try:
-        holder = re.search(r"process (\d+)", (folder / ".lock").read_text())
+        holder = re.search(r"process (\d+)(?: since (\S+))?", (folder / ".lock").read_text())
     except OSError:
         holder = None
-    if holder:
-        try:
-            return b"python" in Path("/proc", holder[1], "cmdline").read_bytes()
-        except OSError:
-            return False
-    return not (folder / "TRAINED").exists() and time.time() - progress.get("time", 0) < SECONDS_ALIVE
+    if holder is None:
+        return not (folder / "TRAINED").exists() and time.time() - progress.get("time", 0) < SECONDS_ALIVE
+    try:
+        return b"python" in Path("/proc", holder[1], "cmdline").read_bytes() and not is_younger(
+            *holder.groups()
+        )
+    except OSError:
+        return False
+
+
+def is_younger(process: str, since: str | None) -> bool:
+    """Whether a process started after a time: then it only has the number of one that is gone (after a reboot, say)."""
+    try:
+        then = datetime.datetime.fromisoformat(since or "").timestamp()
+        ticks = int(Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[19])
+        boot = re.search(r"^btime (\d+)", Path("/proc/stat").read_text(), re.MULTILINE)
+        return boot is not None and int(boot[1]) + ticks / os.sysconf("SC_CLK_TCK") > then + 2
+    except ValueError:
+        return False
 
 
 def read_progress(path: Path) -> dict[str, Any]:
@@ -113,6 +185,14 @@ def read_progress(path: Path) -> dict[str, Any]:
         except ValueError:
             continue
     return known
+
+
+def read_json(path: Path) -> Any:
+    """The file's value; an empty object where there is none, or none that is whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def size(count: int) -> str:

@@ -8,6 +8,7 @@ The second form is torchrun with time to write a checkpoint before its ranks are
 
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,9 @@ def main() -> None:
     if sys.argv[1] == "--ranks":
         run_ranks(sys.argv[2:])
         return
+    if shutil.which(sys.argv[1]) is None:
+        print(f"{sys.argv[1]}: no such command to start (a command or --ranks comes first)", file=sys.stderr)
+        sys.exit(2)
     while True:
         status = run_once(sys.argv[1:])
         if status != OUT_OF_MEMORY:

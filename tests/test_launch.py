@@ -86,7 +86,10 @@ def test_without_cuda_one_plain_process(kit: Kit):
 def test_gpus_without_cuda_are_cpu_processes(kit: Kit):
     lines = kit.launch(GPUS="0,1", OMP_NUM_THREADS="3")
     assert lines[0] == "GPUS=0,1: no CUDA device here, so 2 CPU processes"
-    assert lines[2:] == [f"python: python/supervise.py .venv/bin/python {TORCHRUN} 2 --standalone python/job.py", "OMP_NUM_THREADS=3"]
+    assert lines[2:] == [
+        f"python: python/supervise.py .venv/bin/python {TORCHRUN} 2 --standalone python/job.py",
+        "OMP_NUM_THREADS=3",
+    ]
     assert kit.launch(GPUS="0")[0] == "GPUS=0: no CUDA device here, so 1 CPU process"
 
 
@@ -102,7 +105,10 @@ def test_processes_share_the_cores(kit: Kit):
 
 def test_every_cuda_device_gets_a_process(kit: Kit):
     kit.add_gpus(4)
-    assert kit.launch()[1] == f"python: python/supervise.py .venv/bin/python {TORCHRUN} 4 --standalone python/job.py"
+    assert (
+        kit.launch()[1]
+        == f"python: python/supervise.py .venv/bin/python {TORCHRUN} 4 --standalone python/job.py"
+    )
     kit.add_gpus(1)
     assert kit.launch()[1] == "python: python/supervise.py .venv/bin/python python/job.py"
 
@@ -112,21 +118,38 @@ def test_gpus_choose_devices(kit: Kit):
     lines = kit.launch(GPUS="1,3")
     assert f"python: python/supervise.py .venv/bin/python {TORCHRUN} 2 --standalone python/job.py" in lines
     assert "CUDA_VISIBLE_DEVICES=1,3" in lines
-    assert kit.launch(GPUS="2")[1:] == ["python: python/supervise.py .venv/bin/python python/job.py", "CUDA_VISIBLE_DEVICES=2"]
+    assert kit.launch(GPUS="2")[1:] == [
+        "python: python/supervise.py .venv/bin/python python/job.py",
+        "CUDA_VISIBLE_DEVICES=2",
+    ]
 
 
 def test_one_process_for_several_devices_only_when_both_are_named(kit: Kit):
     kit.add_gpus(4)
-    assert kit.launch(GPUS="0,1", NPROC="1")[1:] == ["python: python/supervise.py .venv/bin/python python/job.py", "CUDA_VISIBLE_DEVICES=0,1"]
-    assert kit.launch(NPROC="1")[1:] == ["python: python/supervise.py .venv/bin/python python/job.py", "CUDA_VISIBLE_DEVICES=0"]
+    assert kit.launch(GPUS="0,1", NPROC="1")[1:] == [
+        "python: python/supervise.py .venv/bin/python python/job.py",
+        "CUDA_VISIBLE_DEVICES=0,1",
+    ]
+    assert kit.launch(NPROC="1")[1:] == [
+        "python: python/supervise.py .venv/bin/python python/job.py",
+        "CUDA_VISIBLE_DEVICES=0",
+    ]
     assert "CUDA_VISIBLE_DEVICES=2,3" in kit.launch(NPROC="2", CUDA_VISIBLE_DEVICES="2,3,0")
 
 
 def test_a_schedulers_choice_of_devices_counts(kit: Kit):
     kit.add_gpus(8)
-    assert kit.launch(CUDA_VISIBLE_DEVICES="2,5")[1] == f"python: python/supervise.py .venv/bin/python {TORCHRUN} 2 --standalone python/job.py"
-    assert kit.launch(CUDA_VISIBLE_DEVICES="")[1] == "python: python/supervise.py .venv/bin/python python/job.py"
-    assert kit.launch(CUDA_VISIBLE_DEVICES="-1")[1] == "python: python/supervise.py .venv/bin/python python/job.py"
+    assert (
+        kit.launch(CUDA_VISIBLE_DEVICES="2,5")[1]
+        == f"python: python/supervise.py .venv/bin/python {TORCHRUN} 2 --standalone python/job.py"
+    )
+    assert (
+        kit.launch(CUDA_VISIBLE_DEVICES="")[1] == "python: python/supervise.py .venv/bin/python python/job.py"
+    )
+    assert (
+        kit.launch(CUDA_VISIBLE_DEVICES="-1")[1]
+        == "python: python/supervise.py .venv/bin/python python/job.py"
+    )
 
 
 def test_several_machines(kit: Kit):

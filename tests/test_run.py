@@ -377,7 +377,9 @@ def test_a_checkpoint_that_is_not_there_is_told(train, tmp_path):
     assert told(caught) == [f"--resume_from_checkpoint True: no checkpoint in {tmp_path}/out/checkpoints"]
     with pytest.raises(UserError) as caught:
         train(resume_from_checkpoint=str(tmp_path))
-    assert told(caught) == [f"--resume_from_checkpoint {tmp_path}: no complete checkpoint there; name another one"]
+    assert told(caught) == [
+        f"--resume_from_checkpoint {tmp_path}: no complete checkpoint there; name another one"
+    ]
 
 
 def test_no_secret_reaches_the_folder(train, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from stagecraft.files import replace_folder, require_free_disk, write_json, writ
 from stagecraft.interrupts import Interrupted, Interrupts
 from stagecraft.manifest import describe_run, is_secret, now
 from stagecraft.models import describe_parameters, resolve_precision
+from stagecraft.pace import price_an_hour
 from stagecraft.processes import die_with_parent
 
 if TYPE_CHECKING:
@@ -154,7 +155,14 @@ class Stage:
         trainer.remove_callback(PrinterCallback)
         Watch(trainer, trainer.processing_class, self.interrupts, keep=args.save_total_limit)
         args.save_total_limit = None  # an older checkpoint goes when the newer one is sealed, see Watch
-        trainer.add_callback(Progress(self.name, self.logs / "progress.jsonl", show=self.is_main))
+        trainer.add_callback(
+            Progress(
+                self.name,
+                self.logs / "progress.jsonl",
+                show=self.is_main,
+                tokens=corpus.counts["tokens an epoch"],
+            )
+        )
         self.trainer = trainer
         self.interrupts.training = True
         result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -225,7 +233,7 @@ class Stage:
         strangers = [
             entry.name
             for entry in self.folder.iterdir()
-            if entry.name not in (*LEAVINGS, ".lock", ".gitkeep")
+            if entry.name not in (*LEAVINGS, ".lock", ".gitkeep", ".inputs.json")
             and not (entry.name.startswith(".") and entry.name.endswith(".tmp"))  # of a killed run of ours
         ]
         if strangers and not (self.folder / "run.json").exists():
@@ -363,6 +371,7 @@ class Stage:
 @contextlib.contextmanager
 def stage(name: str, args: RunArguments, *groups: Any, training: dict[str, Any]) -> Iterator[Stage]:
     """Hold a stage's folder: locked, logged to logs/train.log, and described in run.json."""
+    price_an_hour()  # a PRICE that is no number is told now, not after the loading
     current = Stage(name, args, groups, training)
     settle_libraries()
     if "WORLD_SIZE" in os.environ:
