@@ -401,3 +401,16 @@ def test_flags_the_trainer_refuses_are_told(tmp_path):
         stage(tmp_path / "out", training=training) as current,
     ):
         current.configure(TrainingArguments, training)
+
+
+def test_a_lock_left_by_a_killed_build_is_removed_and_a_held_one_stays(tmp_path, monkeypatch, capsys):
+    """torch waits for ever for a lock whose holder was killed while it compiled an extension."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    stale, held = tmp_path / "py311" / "cpu_adam" / "lock", tmp_path / "py311" / "other" / "lock"
+    for file in (stale, held):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    with held.open():
+        run._clear_stale_builds()
+    assert not stale.exists() and held.exists()
+    assert capsys.readouterr().out == f"{stale}: left by a build that was killed: removed\n"

@@ -22,7 +22,7 @@ from stagecraft.interrupts import Interrupted, Interrupts
 from stagecraft.manifest import describe_run, is_secret, now
 from stagecraft.models import describe_parameters, resolve_precision
 from stagecraft.pace import price_an_hour
-from stagecraft.processes import die_with_parent
+from stagecraft.processes import die_with_parent, is_held
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
@@ -110,6 +110,7 @@ class Stage:
         if training.get("deepspeed"):
             import deepspeed
 
+            _clear_stale_builds()
             # ZeRO-3 reads the world size when its configuration is read; without a process group that is one.
             deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
         print(resolve_precision(training), flush=True)
@@ -489,6 +490,15 @@ def tee(path: Path) -> Iterator[None]:
                 if isinstance(stream, _Tee):
                     stream.end()
             sys.stdout, sys.stderr = out, err
+
+
+def _clear_stale_builds() -> None:
+    """Remove the locks of extensions whose build was killed: torch waits for ever for whoever held them."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")).expanduser()
+    for stale in (*root.glob("*/lock"), *root.glob("*/*/lock")):
+        if not is_held(stale):
+            stale.unlink(missing_ok=True)
+            print(f"{stale}: left by a build that was killed: removed", flush=True)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -88,8 +88,8 @@ class Watch(TrainerCallback):
         return [bool(flag) for flag in told.tolist()]
 
     def _advice(self) -> str:
-        last, _ = next(((c, None) for c in checkpoints.found_in(self._folder())), (None, None))
-        kept = f"{last.name} is kept" if last else "there is no checkpoint yet"
+        whole = self._whole()
+        kept = f"{whole[0].name} is kept" if whole else "there is no checkpoint yet"
         return f"{kept}; a lower --learning_rate, --max_grad_norm, or bf16 instead of fp16 helps. The step's rows:"
 
     def _rows(self) -> list[str]:
@@ -102,6 +102,10 @@ class Watch(TrainerCallback):
                 rows.append(f"  {' '.join(text.split())[:SHOWN_CHARACTERS]}")
         more = [f"  ... and {len(rows) - SHOWN_ROWS} more"] if len(rows) > SHOWN_ROWS else []
         return rows[:SHOWN_ROWS] + more
+
+    def _whole(self) -> list[Path]:
+        """Sealed checkpoints, the newest first."""
+        return [each for each in checkpoints.found_in(self._folder()) if (each / checkpoints.SEAL).exists()]
 
     def _folder(self) -> Path:
         return Path(self.trainer.args.output_dir)
@@ -128,7 +132,8 @@ class Watch(TrainerCallback):
         """One checkpoint, sealed when all of it is on the disk; only then an older one goes."""
         trainer = self.trainer
         target = self._folder() / f"{checkpoints.PREFIX}{trainer.state.global_step}"
-        shutil.rmtree(target, ignore_errors=True) if trainer.args.should_save else None
+        if trainer.args.should_save:
+            shutil.rmtree(target, ignore_errors=True)  # half of it, from before a kill
         trainer.accelerator.wait_for_everyone()
         try:
             save(*args, **kwargs)
@@ -140,11 +145,11 @@ class Watch(TrainerCallback):
             if not is_full_disk(error, self._folder()):
                 raise
             shutil.rmtree(target, ignore_errors=True)
-            whole = [c.name for c in checkpoints.found_in(self._folder()) if (c / checkpoints.SEAL).exists()]
+            whole = self._whole()
             free = shutil.disk_usage(self._folder()).free
             raise UserError(
                 f"{target}: the disk is full ({free / 1e6:,.0f} MB free): not written; "
-                f"{f'{whole[0]} is whole' if whole else 'there is no earlier checkpoint'}. Make room (--save_total_limit keeps "
+                f"{f'{whole[0].name} is whole' if whole else 'there is no earlier checkpoint'}. Make room (--save_total_limit keeps "
                 "fewer), then run the same command again: it goes on"
             ) from None
         trainer.accelerator.wait_for_everyone()
