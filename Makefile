@@ -23,7 +23,7 @@ ALL_STAGES := pt sft rm dpo
 MERGES := $(patsubst %,merge-%,$(ALL_STAGES) ppo)
 CLEANS := $(patsubst %,clean-%,base $(ALL_STAGES) eval export)
 TARGETS := help setup data base $(ALL_STAGES) $(MERGES) eval all chat serve export status logs tensorboard test \
-  lint clean $(CLEANS)
+  test-faults lint clean $(CLEANS)
 .PHONY: FORCE $(TARGETS)
 GOALS := $(or $(MAKECMDGOALS),help)
 RECIPES := $(sort $(patsubst recipes/%/recipe.mk,%,$(wildcard recipes/*/recipe.mk)))
@@ -336,6 +336,9 @@ tensorboard: | $(ENVIRONMENT) ## the loss curves of every stage, on 127.0.0.1
 ##@ Upkeep
 test: lint ## lint and every test; needs git, make, Python 3.11 and a C compiler
 	.venv/bin/python -m pytest -q
+
+test-faults: .venv/.stagecraft-test ## the long form of tests/faults: every stage killed again and again
+	.venv/bin/python -m pytest -q -m long tests/faults
 
 lint: .venv/.stagecraft-test ## ruff and shellcheck
 	.venv/bin/ruff check .

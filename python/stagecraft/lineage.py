@@ -29,11 +29,19 @@ def after(base: str, step: dict[str, Any]) -> dict[str, Any]:
     return {"steps": [*read(folder), {**step, "base": base, "base_fingerprint": fingerprint_of(folder)}]}
 
 
+def weights_in(folder: Path) -> str | None:
+    """fingerprint() of a model's or an adapter's weights; None where there are none."""
+    try:
+        return fingerprint(open_weights(folder))
+    except (OSError, Damaged):
+        return None
+
+
 def fingerprint_of(folder: Path) -> str | None:
     """Of a base's full-precision weights; None where they are quantised, not here or not whole."""
     try:
         if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config"):
             return None
-        return fingerprint(open_weights(folder))
-    except (OSError, ValueError, AttributeError, Damaged):
+    except (OSError, ValueError, AttributeError):
         return None
+    return weights_in(folder)

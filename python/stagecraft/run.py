@@ -262,7 +262,15 @@ class Stage:
         """What makes a run the same run: everything that changes its weights."""
         watched = {k: v for k, v in self.arguments.items() if k not in UNWATCHED and not is_secret(k)}
         watched["processes"] = int(os.environ.get("WORLD_SIZE", "1"))
-        identity = {"arguments": watched, "data": {file["path"]: file["sha256"] for file in corpus.files}}
+        identity = {
+            "arguments": watched,
+            "data": {file["path"]: file["sha256"] for file in corpus.files},
+            "models": {
+                str(path): lineage.weights_in(Path(str(path)))
+                for flag in ("model_name_or_path", "peft_path")
+                if (path := self.arguments.get(flag))
+            },
+        }
         return json.loads(json.dumps(identity, default=str))
 
     def _resume_point(self, trainer: Trainer, identity: dict[str, Any]) -> str | None:
@@ -522,15 +530,17 @@ def _read_json(path: Path) -> Any:
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What changed between two identities, a line each."""
     found = []
-    for part in ("arguments", "data"):
+    for part in ("arguments", "data", "models"):
         old, new = before.get(part, {}), now.get(part, {})
         for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                shown = (
-                    f"{key}: {old.get(key)} -> {new.get(key)}"
-                    if part == "arguments"
-                    else f"{key}: the file's content changed"
-                )
-                found.append(f"  {shown}")
+            if old.get(key) == new.get(key):
+                continue
+            if part == "arguments":
+                found.append(f"  {key}: {old.get(key)} -> {new.get(key)}")
+            elif part == "data":
+                found.append(f"  {key}: the file's content changed")
+            elif key in old and key in new:  # else the flag that names it says so already
+                found.append(f"  {key}: the weights there changed")
     return found
