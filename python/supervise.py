@@ -16,6 +16,7 @@ import sys
 from stagecraft.processes import die_with_parent
 
 OUT_OF_MEMORY = 76  # stagecraft.run's exit status for: start me again
+MOST_HALVINGS = 16  # from 32,768 down to 1
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 GRACE = 3600  # seconds that ranks get for their checkpoint; torchrun's own 30 are too few for a large model
 
@@ -30,7 +31,7 @@ def main() -> None:
     if shutil.which(sys.argv[1]) is None:
         print(f"{sys.argv[1]}: no such command to start (a command or --ranks comes first)", file=sys.stderr)
         sys.exit(2)
-    while True:
+    for _ in range(MOST_HALVINGS):
         status = run_once(sys.argv[1:])
         if status != OUT_OF_MEMORY:
             break

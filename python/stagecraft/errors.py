@@ -43,7 +43,7 @@ def run_main(main: Callable[[], None]) -> None:
             print(error, file=sys.stderr)
         sys.exit(2)
     except Stopped as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or error.status == 76:  # memory may fail on any one rank
             print(error, file=sys.stderr)
         sys.exit(error.status)
     except ProofFailed as error:

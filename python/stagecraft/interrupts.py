@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from types import FrameType, TracebackType
 
@@ -47,6 +46,7 @@ class Interrupts:
         self.name, self._at = signal.Signals(number).name, time.monotonic()
         if not self.training:
             raise Interrupted(self.name)
-        print(
-            f"{self.name}: a checkpoint after this step, then stop; once more ends at once", file=sys.stderr
+        # Not print: the signal may have come in the middle of one.
+        os.write(
+            2, f"{self.name}: a checkpoint after this step, then stop; once more ends at once\n".encode()
         )

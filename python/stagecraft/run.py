@@ -250,9 +250,11 @@ class Stage:
     def clear_finished(self) -> None:
         """Take away what a finished run left, now that flags and data are known to be good; train.log goes on."""
         finished = [self.folder / marker for marker in ("DONE", "TRAINED") if (self.folder / marker).exists()]
+        if finished:  # before the markers: what is left of another run must never look like an unfinished one
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
         for marker in finished:  # markers go first, so that a crash below leaves no false DONE
             marker.unlink()
-        for name in ("adapter", "model", "checkpoints") if finished else ():
+        for name in ("adapter", "model") if finished else ():
             shutil.rmtree(self.folder / name, ignore_errors=True)
         for entry in self.logs.iterdir() if finished else ():
             if entry.name != "train.log":
@@ -303,7 +305,7 @@ class Stage:
             stopped = _read_json(self.checkpoints / STOPPED)
             step = checkpoints.step_of(chosen) if chosen else 0
             restart = {"time": now(), "reason": stopped.get("reason", "killed"), "step": step}
-            write_json(self.checkpoints / RESTARTS, [*self._restarts(), restart])
+            write_json(self.checkpoints / RESTARTS, {"restarts": [*self._restarts(), restart]})
             (self.checkpoints / STOPPED).unlink(missing_ok=True)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_json(self.checkpoints / IDENTITY, identity)
@@ -330,12 +332,11 @@ class Stage:
         return chosen
 
     def _restarts(self) -> list[dict[str, Any]]:
-        restarts = _read_json(self.checkpoints / RESTARTS)
-        return restarts if isinstance(restarts, list) else []
+        return _read_json(self.checkpoints / RESTARTS).get("restarts", [])
 
     def _note_stop(self, reason: str) -> None:
         """Why this process ends before the run does: told at the next start, and in run.json at the end."""
-        if self.is_main and self.checkpoints.exists():
+        if self.trainer is not None and self.checkpoints.exists():
             with contextlib.suppress(OSError):  # a full disk, perhaps: the reason is worth no second error
                 write_json(self.checkpoints / STOPPED, {"reason": reason, "time": now()})
 
@@ -343,7 +344,8 @@ class Stage:
         """The micro-batch that an out-of-memory stop left for this run; nothing where there was none."""
         if (self.args.resume_from_checkpoint or "").lower() == "false":
             return {}
-        found = _read_json(self.checkpoints / MICRO_BATCH)
+        kept = _read_json(self.checkpoints / MICRO_BATCH)
+        found = kept.get("instead", {}) if kept.get("of") == self._asked_batch() else {}
         if found:
             print(
                 f"micro-batch {found['per_device_train_batch_size']} x {found['gradient_accumulation_steps']} accumulated, since "
@@ -351,6 +353,24 @@ class Stage:
                 flush=True,
             )
         return found
+
+    def _asked_batch(self) -> list[Any]:
+        """The micro-batch and accumulation that the flags ask for."""
+        return [self.arguments.get(f) for f in ("per_device_train_batch_size", "gradient_accumulation_steps")]
+
+    def explained(self, error: Exception) -> Exception:
+        """What to raise for an error that came from below: a stop or a line where it is known what to do."""
+        from stagecraft.watching import is_full_disk, is_out_of_memory
+
+        if is_out_of_memory(error):
+            return self.out_of_memory(error)
+        if is_full_disk(error, self.folder):
+            self._note_stop("disk full")
+            return UserError(
+                f"--output_dir {self.folder}: the disk is full; what was complete there is as it was. Make room, then run the "
+                "same command again: it goes on"
+            )
+        return error
 
     def out_of_memory(self, error: BaseException) -> Exception:
         """What to raise for it: a stop that a smaller micro-batch follows, or what else could be lowered."""
@@ -364,11 +384,9 @@ class Stage:
         )
         if smaller is None:
             return UserError(f"out of memory ({reason}); what else to lower, in order of effect:", *LOWER)
-        if self.is_main:
-            write_json(
-                self.checkpoints / MICRO_BATCH,
-                {"per_device_train_batch_size": smaller[0], "gradient_accumulation_steps": smaller[1]},
-            )
+        instead = {"per_device_train_batch_size": smaller[0], "gradient_accumulation_steps": smaller[1]}
+        with contextlib.suppress(FileNotFoundError):  # whichever rank it was writes it; two write the same
+            write_json(self.checkpoints / MICRO_BATCH, {"of": self._asked_batch(), "instead": instead})
         return Stopped(
             f"{self.name}: out of memory after step {self.trainer.state.global_step} with a micro-batch of "
             f"{args.per_device_train_batch_size} ({reason}); the next start takes {smaller[0]} x {smaller[1]} accumulated, the same "
@@ -382,20 +400,20 @@ def stage(name: str, args: RunArguments, *groups: Any, training: dict[str, Any])
     """Hold a stage's folder: locked, logged to logs/train.log, and described in run.json."""
     price_an_hour()  # a PRICE that is no number is told now, not after the loading
     current = Stage(name, args, groups, training)
-    settle_libraries()
     if "WORLD_SIZE" in os.environ:
         die_with_parent()  # a rank whose torchrun was killed would hold the card and wait for the others
     with contextlib.ExitStack() as held, current.interrupts:
-        if current.is_main:
-            require_free_disk(current.folder, disk.final_bytes(current.arguments))
-            held.enter_context(lock(current.folder))
-            current._refuse_taken()
-            held.enter_context(tee(current.logs / "train.log"))
-            current.manifest = describe_run(name, current.arguments)
-            print(f"{name}: {current.arguments['model_name_or_path']} -> {current.folder}", flush=True)
-        else:  # one voice: rank 0 speaks, errors of all ranks are heard
-            held.enter_context(contextlib.redirect_stdout(held.enter_context(open(os.devnull, "w"))))
         try:
+            settle_libraries()
+            if current.is_main:
+                require_free_disk(current.folder, disk.final_bytes(current.arguments))
+                held.enter_context(lock(current.folder))
+                current._refuse_taken()
+                held.enter_context(tee(current.logs / "train.log"))
+                current.manifest = describe_run(name, current.arguments)
+                print(f"{name}: {current.arguments['model_name_or_path']} -> {current.folder}", flush=True)
+            else:  # one voice: rank 0 speaks, errors of all ranks are heard
+                held.enter_context(contextlib.redirect_stdout(held.enter_context(open(os.devnull, "w"))))
             yield current
         except Interrupted as signal:
             raise Stopped(
@@ -410,9 +428,7 @@ def stage(name: str, args: RunArguments, *groups: Any, training: dict[str, Any])
             current._note_stop(str(error).splitlines()[0])
             raise
         except Exception as error:
-            if not _is_out_of_memory(error):
-                raise
-            raise current.out_of_memory(error) from None
+            raise current.explained(error) from error
 
 
 def note_outputs(folder: Path, name: str) -> None:
@@ -509,24 +525,19 @@ def _clear_stale_builds() -> None:
             print(f"{stale}: left by a build that was killed: removed", flush=True)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    from stagecraft.watching import is_out_of_memory
-
-    return is_out_of_memory(error)
-
-
 def _next_smaller(each: int, accumulated: int) -> tuple[int, int] | None:
     """(micro-batch, accumulation) with the largest micro-batch up to half of `each` that keeps the global batch."""
     total = each * accumulated
     return next(((size, total // size) for size in range(each // 2, 0, -1) if total % size == 0), None)
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> dict[str, Any]:
     """What a file of ours says; an empty dict where it is not there or not whole."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -112,8 +112,10 @@ class Watch(TrainerCallback):
 
     def _evaluate(self, evaluate: Any, *args: Any, **kwargs: Any) -> Any:
         """Evaluation with a batch of its own: halved where memory does not suffice, while training's stays."""
+        random_state = torch.random.get_rng_state()  # a second try must not draw other numbers than one alone
         while True:
             try:
+                torch.random.set_rng_state(random_state)
                 self.fault.before_evaluation(self.trainer)
                 return evaluate(*args, **kwargs)
             except Exception as error:
