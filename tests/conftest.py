@@ -20,6 +20,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# `make test` is not the parent of the makes that tests start: they'd print where they enter and leave.
+for _name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES"):
+    os.environ.pop(_name, None)
 
 SIGNS = ["fever", "a cough", "a sore throat", "back pain", "头痛", "咳嗽", "发烧", "牙痛", "失眠", "a rash"]
 ADVICE = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import shutil
@@ -331,6 +333,7 @@ def trained(adapter, tmp_path) -> Path:
     stage = tmp_path / "outputs-sft" / "tiny"
     shutil.copytree(adapter, stage / "adapter")
     (stage / "TRAINED").write_text("")
+    (stage / "run.json").write_text(json.dumps({"stage": "sft", "outputs": {"adapter/README.md": {}}}))
     return stage
 
 
@@ -345,7 +348,12 @@ def test_a_stage_gets_its_model_then_done(trained, merge_lora):
     merge_lora("--stage_dir", trained)  # and once more
     assert (trained / "DONE").exists()
     left = {path.name for path in trained.iterdir()}
-    assert left == {"adapter", "model", "logs", ".lock", "TRAINED", "DONE"}
+    assert left == {"adapter", "model", "logs", "run.json", ".lock", "TRAINED", "DONE"}
+    manifest = json.loads((trained / "run.json").read_text())
+    model = {f"model/{path.name}" for path in (trained / "model").iterdir()}
+    assert manifest["stage"] == "sft" and set(manifest["outputs"]) == {"adapter/README.md", *model}
+    digest = hashlib.sha256((trained / "model" / WEIGHTS).read_bytes()).hexdigest()
+    assert manifest["outputs"][f"model/{WEIGHTS}"]["sha256"] == digest
 
 
 def test_a_stage_that_is_not_trained_is_told(trained, merge_lora):
@@ -387,7 +395,7 @@ def test_a_failed_merge_leaves_no_done(trained, adapter, merge_lora, had_a_model
     merge_lora("--stage_dir", trained)
     assert (trained / "DONE").exists()
     left = {path.name for path in trained.iterdir()}
-    assert left == {"adapter", "model", "logs", ".lock", "TRAINED", "DONE"}
+    assert left == {"adapter", "model", "logs", "run.json", ".lock", "TRAINED", "DONE"}
 
 
 def test_a_killed_stage_has_no_model_no_done_and_no_lock(trained, merge_lora):
