@@ -18,16 +18,14 @@ def main() -> None:
     model_args, lora_args, data_args, run_args, training = parse(
         __doc__, ModelArguments, LoraArguments, PreferenceDataArguments, RunArguments, trainer="dpo"
     )
+    # A reference that stays as it is gives every row the same numbers in every epoch.
+    training.setdefault("precompute_ref_log_probs", not training.get("sync_ref_model", False))
     models.require_inputs(model_args, lora_args)
     with run.stage("dpo", run_args, model_args, lora_args, data_args, training=training) as stage:
         from transformers import set_seed
-        from trl import DPOConfig, DPOTrainer
+        from trl import DPOConfig
 
-        class TokenisedDPOTrainer(DPOTrainer):
-            """Takes rows that are tokenised already; TRL has no argument for that and would render them again."""
-
-            def _prepare_dataset(self, dataset, *args, **kwargs):
-                return dataset
+        from stagecraft.training.preference import TokenisedDPOTrainer
 
         models.check_devices(model_args)
         tokenizer = models.load_tokenizer(model_args.model_name_or_path, model_args.trust_remote_code)
@@ -44,6 +42,7 @@ def main() -> None:
             eval_dataset=preferences.valid,
             processing_class=tokenizer,
             peft_config=adapter,
+            padding_free=model_args.padding_free,
         )
         stage.train(trainer, preferences)
         tokenizer.chat_template = template.saved_text

@@ -19,7 +19,9 @@ def main() -> None:
     )
     models.require_inputs(model_args, lora_args)
     with run.stage("pt", run_args, model_args, lora_args, data_args, training=training) as stage:
-        from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+        from transformers import TrainingArguments, set_seed
+
+        from stagecraft.training.language import LanguageTrainer
 
         models.check_devices(model_args)
         tokenizer = models.load_tokenizer(model_args.model_name_or_path, model_args.trust_remote_code)
@@ -28,14 +30,8 @@ def main() -> None:
         args = stage.configure(TrainingArguments, training)
         set_seed(args.seed)
         model, adapter = models.load_for_training(model_args, lora_args)
-        trainer = Trainer(
-            model=models.add_adapter(model, adapter, args),
-            args=args,
-            train_dataset=documents.train,
-            eval_dataset=documents.valid,
-            processing_class=tokenizer,
-            data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
-        )
+        model = models.add_adapter(model, adapter, args)
+        trainer = LanguageTrainer(model, args, documents, tokenizer, model_args.padding_free)
         stage.train(trainer, documents)
         stage.finish(trainer, tokenizer, end_ids=None)
 

@@ -20,7 +20,9 @@ def main() -> None:
     models.require_inputs(model_args, lora_args)
     with run.stage("rm", run_args, model_args, lora_args, data_args, training=training) as stage:
         from transformers import set_seed
-        from trl import RewardConfig, RewardTrainer
+        from trl import RewardConfig
+
+        from stagecraft.training.preference import ScoreTrainer
 
         models.check_devices(model_args)
         tokenizer = models.load_tokenizer(model_args.model_name_or_path, model_args.trust_remote_code)
@@ -30,13 +32,14 @@ def main() -> None:
         args = stage.configure(RewardConfig, training, max_length=None)
         set_seed(args.seed)
         model, adapter = models.load_for_training(model_args, lora_args, task="reward")
-        trainer = RewardTrainer(
+        trainer = ScoreTrainer(
             model=model,
             args=args,
             train_dataset=preferences.train,
             eval_dataset=preferences.valid,
             processing_class=tokenizer,
             peft_config=adapter,
+            padding_free=model_args.padding_free,
         )
         stage.train(trainer, preferences)
         tokenizer.chat_template = template.saved_text

@@ -7,11 +7,15 @@ The second form is torchrun with time to write a checkpoint before its ranks are
 """
 
 import functools
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from types import FrameType
 
 from stagecraft.processes import die_with_parent
 
@@ -54,11 +58,13 @@ def run_once(command: list[str]) -> int:
 
 def run_ranks(arguments: list[str]) -> None:
     """torchrun; ends with the status of the first rank that failed."""
+    from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE))
+    api._terminate_process_handler = once_a_second(api._terminate_process_handler)
     try:
         run(parse_args(arguments))
     except ChildFailedError as error:
@@ -66,6 +72,18 @@ def run_ranks(arguments: list[str]) -> None:
         sys.exit(first.exitcode if first.exitcode > 0 else 128 - first.exitcode)
     except SignalException as error:
         sys.exit(75 if error.sigval in SIGNALS else 1)
+
+
+def once_a_second(handler: Callable[..., None]) -> Callable[..., None]:
+    """A signal handler that takes a signal from the terminal, which run_once hands on as well, for one and not for two."""
+    taken: dict[int, float] = {}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        before, taken[number] = taken.get(number, -math.inf), time.monotonic()
+        if taken[number] - before > 1:
+            handler(number, frame)
+
+    return handle
 
 
 if __name__ == "__main__":

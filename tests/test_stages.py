@@ -67,9 +67,10 @@ def sft(base: Path, rows: Path, output: Path, *words: object) -> list[object]:
     return [*where, *short, *quiet, *words]
 
 
-def losses(output: Path) -> list[float]:
+def logged(output: Path, name: str = "loss") -> list[float]:
+    """What every step logged under a name."""
     lines = [json.loads(line) for line in (output / "logs" / "progress.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
+    return [line[name] for line in lines if "loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def test_the_same_seed_gives_the_same_weights_to_the_bit(
 def test_two_processes_train_as_one_does(
     plain: Path, tiny_base: Path, rows: Path, tmp_path: Path, deepspeed: str | None
 ) -> None:
-    """Global batch 8 = 4 a device x 2: the same rows a step, so the same losses; ZeRO only moves weights about."""
+    """Global batch 8 = 4 a device x 2: the same rows a step, so the same losses and gradients; ZeRO only moves weights."""
     output = tmp_path / "run"
     words = sft(tiny_base, rows, output, "--per_device_train_batch_size", 4)
     if deepspeed:
@@ -115,13 +116,14 @@ def test_two_processes_train_as_one_does(
     done = run_command([*torchrun, str(ROOT / "python/supervised_finetuning.py"), *map(str, words)])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "x 2 processes" in done.stdout and done.stdout.count("sft: 4 steps") == 1
-    assert losses(output) == pytest.approx(losses(plain), rel=1e-5)
+    for name in ("loss", "grad_norm"):
+        assert logged(output, name) == pytest.approx(logged(plain, name), rel=1e-5)
     merged = script("merge_lora.py", "--stage_dir", output)
     assert merged.returncode == 0, merged.stderr
     assert (output / "DONE").exists() and (output / "model" / "model.safetensors").exists()
 
 
-def test_control_another_global_batch_gives_other_losses(
+def test_control_another_global_batch_gives_other_logged(
     plain: Path, tiny_base: Path, rows: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
@@ -129,7 +131,7 @@ def test_control_another_global_batch_gives_other_losses(
         "supervised_finetuning.py", *sft(tiny_base, rows, output, "--per_device_train_batch_size", 4)
     )
     assert done.returncode == 0, done.stderr
-    assert losses(output) != pytest.approx(losses(plain), rel=1e-5)
+    assert logged(output) != pytest.approx(logged(plain), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +143,7 @@ def test_every_kind_of_training_leaves_a_complete_model(
     output = tmp_path / "run"
     done = script("supervised_finetuning.py", *sft(tiny_base, rows, output, *flags))
     assert done.returncode == 0, done.stderr
-    assert losses(output)[-1] < losses(output)[0]
+    assert logged(output)[-1] < logged(output)[0]
     merged = script("merge_lora.py", "--stage_dir", output)
     assert merged.returncode == 0, merged.stderr
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {

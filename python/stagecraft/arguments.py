@@ -34,6 +34,7 @@ RENAMED = {
 
 # Trainer fields that this kit decides itself; a user who sets one is told what to use instead.
 _OURS = "rows are rendered, cut and tokenised by the kit before the trainer sees them"
+_PACKED = "no padding is computed anyway (--padding_free)"
 DECIDED = {
     "model_init_kwargs": "use --torch_dtype, --device_map, --flash_attn",
     "max_length": "use --model_max_length (SFT) or --max_source_length and --max_target_length (RM, DPO)",
@@ -46,10 +47,9 @@ DECIDED = {
     "pad_token": "it comes from the tokenizer",
     "assistant_only_loss": "the kit always trains on assistant turns only",
     "completion_only_loss": "the kit always trains on assistant turns only",
-    "packing": "packed rows would see each other without variable-length attention",
-    "packing_strategy": "packed rows would see each other without variable-length attention",
-    "eval_packing": "packed rows would see each other without variable-length attention",
-    "padding_free": "rows in one sequence would see each other without variable-length attention",
+    "packing": _PACKED,
+    "packing_strategy": _PACKED,
+    "eval_packing": _PACKED,
     "auto_find_batch_size": "it changes the global batch",
     "remove_unused_columns": _OURS,
     "local_rank": "torchrun sets it",
@@ -78,6 +78,10 @@ class ModelArguments:
     load_in_8bit: bool = field(default=False, metadata={"help": "int8 base weights (LoRA only)"})
     flash_attn: bool = field(
         default=False, metadata={"help": "FlashAttention-2 (CUDA, flash-attn installed)"}
+    )
+    padding_free: bool = field(
+        default=True,
+        metadata={"help": "compute real tokens only, rows end to end; false pads every row of a batch"},
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "run code shipped with the model"})
     cache_dir: str | None = field(default=None, metadata={"help": "where hub downloads are kept"})

@@ -143,6 +143,7 @@ class Stage:
             f"process{'es' if world > 1 else ''}",
             flush=True,
         )
+        print(trainer.padding.describe(), flush=True)
         if self.is_main:
             disk.require_room(trainer, self.folder, self.arguments)
         self.manifest |= {
@@ -181,6 +182,10 @@ class Stage:
             "tokens": round(corpus.counts["tokens an epoch"] * (trainer.state.epoch or 0)),
             "loss_first": losses[0] if losses else None,
             "loss_last": losses[-1] if losses else None,
+            "padding_share": round(
+                trainer.padding.share, 4
+            ),  # of the batches; computed only where they are padded
+            "padding": trainer.padding.describe(),
         }
 
     def finish(self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, end_ids: list[int] | None) -> None:

@@ -18,8 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from project import GOALS, SCRIPTS, STAGES, TRAINING, Attempt, Project
-from running import MERGE
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # running.py, when this is run by itself
+
+from project import GOALS, SCRIPTS, STAGES, TRAINING, Attempt, Project  # noqa: E402
+
+from running import MERGE  # noqa: E402
 
 PHASES = ("load", "step", "finish", "merge")
 # Seconds that a kill waits at most once its moment has come.

@@ -1,0 +1,57 @@
+"""DPO's and the reward model's trainers: TRL's own, on batches without padding."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+from trl import DPOTrainer, RewardTrainer
+
+from stagecraft.training.padding import Padding
+from stagecraft.training.scoring import Scoring
+
+
+class TokenisedDPOTrainer(DPOTrainer):
+    """Takes rows that are tokenised already. `padding_free`: see padding.py."""
+
+    padding: Padding | None = None
+
+    def __init__(self, *args: Any, padding_free: bool, **kwargs: Any) -> None:
+        self.padding_free_wanted = padding_free
+        super().__init__(*args, **kwargs)
+        self._make_lean()
+
+    def _make_lean(self) -> None:
+        """Once the adapter is there and TRL has put its head in, whose CPU form scores every position, pads included."""
+        if self.padding is None:
+            base = _base_of(self.model)
+            self.padding = Padding(base, self.padding_free_wanted)
+            Scoring(base)
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset  # TRL has no argument for it and would render the rows again
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        self._make_lean()  # TRL calls this while it is being made
+        print(f"reference: log-probabilities of {len(dataset):,} pairs ({name})", flush=True)
+        if not self.accelerator.is_main_process or not sys.stderr.isatty():
+            os.environ["TQDM_DISABLE"] = "1"  # a bar is for a person; TRL asks nothing else
+        try:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        finally:
+            os.environ.pop("TQDM_DISABLE", None)
+
+
+class ScoreTrainer(RewardTrainer):
+    """`padding_free`: see padding.py."""
+
+    def __init__(self, *args: Any, padding_free: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.padding = Padding(_base_of(self.model), padding_free)
+
+
+def _base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    return model.get_base_model() if isinstance(model, PeftModel) else model

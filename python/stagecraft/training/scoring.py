@@ -1,0 +1,173 @@
+"""Losses from hidden states at supervised positions only: logits of other positions are never made.
+
+Scoring takes the place of a causal model's forward for calls that bring labels; every other call is the model's own.
+The head runs as a module, so adapters, quantised weights and ZeRO-3 work as ever.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from stagecraft.errors import UserError
+from stagecraft.training import trial
+
+# Logits in memory at once. More positions are scored in pieces, each projected again for its gradient: a third of
+# the head's work more. 128 MB in fp32 on a CPU; 512 MB in bf16 and twice that for a moment in fp32 on a GPU.
+LOGITS_AT_ONCE = {"cpu": 1 << 25, "cuda": 1 << 28}
+
+
+@dataclass
+class Scored(ModelOutput):
+    """What a scored batch gives: a loss or, with fused_lm_head, values [rows, longest - 1] that are 0 where not supervised."""
+
+    loss: Tensor | None = None
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+
+
+class _LogProbs(torch.autograd.Function):
+    """(log-probability of the target, mean over the vocabulary of log-probabilities), each [N], of logits [N, V].
+
+    The gradient is written over the logits: nothing else may read them afterwards.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        wide = logits.float()
+        total = wide.logsumexp(-1)
+        ctx.save_for_backward(logits, targets, total)
+        return wide.gather(-1, targets[:, None])[:, 0] - total, wide.mean(-1) - total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_mean: Tensor | None) -> tuple[Tensor, None]:
+        logits, targets, total = ctx.saved_tensors
+        out = logits.detach()
+        wide = out.float()  # the same memory in fp32
+        both = sum(part for part in (grad, grad_mean) if part is not None)
+        wide.sub_(total[:, None]).exp_().mul_(-both[:, None])
+        if grad is not None:
+            wide.scatter_add_(-1, targets[:, None], grad[:, None])
+        if grad_mean is not None:
+            wide.add_(grad_mean[:, None] / logits.shape[-1])
+        return (wide if wide is out else out.copy_(wide)), None
+
+
+class Scoring:
+    """Scores supervised positions only when `model` is called with labels [rows, longest].
+
+    That gives a loss: the mean over supervised tokens, or their sum over num_items_in_batch. Smoothing is training's;
+    evaluation tells the plain loss. With fused_lm_head=True, TRL's word for it, every position's values come back
+    instead.
+    """
+
+    def __init__(self, model: PreTrainedModel, label_smoothing: float = 0.0) -> None:
+        self.model, self.label_smoothing = model, label_smoothing
+        self.own_forward = model.forward
+        config = model.config.get_text_config()
+        self.transform = _transform(config)
+        self.is_checked = False
+        if model.get_output_embeddings() is None or getattr(config, "output_router_logits", False):
+            return  # no head to call, or a loss that knows more than the labels
+
+        @functools.wraps(self.own_forward)  # its signature is asked for
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self.forward(*args, **kwargs)
+
+        model.forward = forward
+
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        """As the model's own forward, which it is without labels."""
+        if labels is None:
+            return self.own_forward(*args, **kwargs)
+        if not self.is_checked:
+            self._check(kwargs["input_ids"])
+        count = kwargs.pop("num_items_in_batch", None)
+        each = kwargs.pop("fused_lm_head", False)
+        hidden = self.model.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state[:, :-1]
+        targets = labels[:, 1:].to(hidden.device)
+        supervised = targets != -100
+        scored = self._scored(hidden[supervised], targets[supervised], measured=each)
+        smooth = scored.pop("mean_log_probs")
+        if each:
+            return Scored(
+                **{k: v.new_zeros(supervised.shape).masked_scatter(supervised, v) for k, v in scored.items()}
+            )
+        log_probs = scored["log_probs"]
+        if self.label_smoothing and self.model.training:
+            log_probs = torch.lerp(log_probs, smooth, self.label_smoothing)
+        return Scored(loss=-log_probs.sum() / (supervised.sum().clamp(min=1) if count is None else count))
+
+    def _scored(self, hidden: Tensor, targets: Tensor, measured: bool) -> dict[str, Tensor]:
+        """Values [N] of `hidden` [N, H], in pieces where their logits would be too many."""
+        head = self.model.get_output_embeddings()
+
+        def piece(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+            logits = self.transform(head(hidden))
+            seen = _measures(logits, targets) if measured else ()
+            return (*_LogProbs.apply(logits, targets), *seen)
+
+        at_once = LOGITS_AT_ONCE["cuda" if hidden.is_cuda else "cpu"]
+        most = max(1, at_once // self.model.config.get_text_config().vocab_size)
+        if len(hidden) <= most:
+            parts = [piece(hidden, targets)]
+        else:
+            parts = [
+                checkpoint(piece, h, t, use_reentrant=False)
+                for h, t in zip(hidden.split(most), targets.split(most), strict=True)
+            ]
+        names = ("log_probs", "mean_log_probs", "entropy", "mean_logits", "is_top1")
+        return {
+            name: torch.cat(values) for name, values in zip(names, zip(*parts, strict=True), strict=False)
+        }
+
+    def _check(self, input_ids: Tensor) -> None:
+        """Compare with the model's own logits. Raises UserError."""
+        self.is_checked = True
+        if not trial.is_possible():
+            return
+        few = input_ids[:1, : trial.TOKENS]
+        with trial.trial(self.model):
+            own = self.own_forward(input_ids=few, use_cache=False).logits.float()
+            hidden = self.model.base_model(input_ids=few, use_cache=False).last_hidden_state
+            ours = self.transform(self.model.get_output_embeddings()(hidden)).float()
+        off = ((ours - own).norm() / own.norm()).item()
+        if not off <= 0.02:  # half precision's rounding gives 0.005
+            raise UserError(
+                f"--model_name_or_path: {type(self.model).__name__} makes its logits in a way the kit does not know "
+                f"(off by {off:.1e}): it can't be trained with it"
+            )
+
+
+@torch.no_grad()
+def _measures(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Entropy, mean logit, and whether the target is the likeliest, each [N]."""
+    wide = logits.float()
+    log_probs = wide.log_softmax(-1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    return entropy, wide.mean(-1), wide.argmax(-1) == targets
+
+
+def _transform(config: Any) -> Callable[[Tensor], Tensor]:
+    """What a model does to its head's output: Cohere, Falcon-H1 and Granite scale it, Gemma bends it."""
+    scale = 1.0
+    for name, power in (("logit_scale", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1)):
+        scale *= float(getattr(config, name, None) or 1.0) ** power
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def transform(logits: Tensor) -> Tensor:
+        logits = logits * scale if scale != 1.0 else logits
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    return transform
