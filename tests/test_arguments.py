@@ -24,7 +24,7 @@ from stagecraft.arguments import (
     parse,
 )
 from stagecraft.errors import UserError
-from stagecraft.flags import trainer_flags
+from stagecraft.flags import Words, trainer_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.name for path in (ROOT / "python").glob("*.py"))
@@ -112,6 +112,7 @@ def test_a_number_in_yaml_is_a_number_however_it_is_written(yaml_file, text):
         (["--lr_scheduler_type", "cosine"], "lr_scheduler_type", "cosine"),
         (["--lr_scheduler_kwargs", '{"num_cycles": 2}'], "lr_scheduler_kwargs", {"num_cycles": 2}),
         (["--device_map", "None"], "device_map", None),
+        (["--modules_to_save", "None"], "modules_to_save", None),
         (["--warmup_steps", "0.1"], "warmup_steps", 0.1),
         (["--max_steps", "-1"], "max_steps", -1),
         (["--resume_from_checkpoint", "True"], "resume_from_checkpoint", "True"),
@@ -259,7 +260,10 @@ def test_everything_that_is_missing_is_told_at_once():
 )
 @pytest.mark.parametrize("trainer", STAGES)
 def test_flags_of_older_guides_are_mapped_and_said(capsys, flags, name, value, trainer):
-    assert parse_stage(*flags, trainer=trainer)[name] == value
+    if value == "group_by_length" and trainer != "transformers":  # said, and then refused: rows are pairs there
+        assert "--train_sampling_strategy needs rows of one text each" in faults_of(*flags, trainer=trainer)[0]
+    else:
+        assert parse_stage(*flags, trainer=trainer)[name] == value
     said = f"{flags[0]} is now --{name}: using {name}={value}\n"
     assert capsys.readouterr().err.lower() == said.lower()
 
@@ -321,7 +325,7 @@ def test_every_default_of_the_trainer_can_be_written_as_a_flag(trainer):
         if item.name in DECIDED or item.name in ours or not isinstance(value, (bool, int, float, str)):
             continue
         value = getattr(value, "value", value)  # enumerations take their value's text
-        read = parse_stage(f"--{item.name}={value}", trainer=trainer)[item.name]
+        read = trainer_flags(trainer)[item.name].convert(Words([str(value)]))
         assert read == value or (value == "no" and read is False), item.name  # some say False as "no"
         checked += 1
     assert checked > 50

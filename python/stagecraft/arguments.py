@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from stagecraft import contradictions
 from stagecraft.errors import UserError
 from stagecraft.flags import Flag, Words, dataclass_flags, to_bool, trainer_flags
 
@@ -52,6 +53,15 @@ DECIDED = {
     "eval_packing": _PACKED,
     "auto_find_batch_size": "it changes the global batch",
     "remove_unused_columns": _OURS,
+    "length_column_name": "the lengths are those of the rows",
+    "label_names": _OURS,
+    "include_for_metrics": "evaluations here measure the loss; evaluate_model.py measures the rest",
+    "batch_eval_metrics": "evaluations here measure the loss; evaluate_model.py measures the rest",
+    "prediction_loss_only": "evaluations here measure the loss; evaluate_model.py measures the rest",
+    "eval_accumulation_steps": "evaluations here measure the loss, and keep no predictions",
+    "eval_do_concat_batches": "evaluations here measure the loss, and keep no predictions",
+    "bf16_full_eval": "an evaluation has the precision of the training around it: use --bf16",
+    "fp16_full_eval": "an evaluation has the precision of the training around it: use --fp16",
     "local_rank": "torchrun sets it",
     "do_train": "a stage always trains",
     "do_eval": "use --eval_strategy",
@@ -220,12 +230,17 @@ def parse(
     faults: list[str] = []
     written = _from_command_line(description, flags, argv, faults)
     settings: dict[str, tuple[str, Any]] = {}  # name -> (where it was set, value)
-    for path in written.pop("config", []):
+    paths = written.pop("config", [])
+    for path in paths:
         for where, name, value in _from_yaml(path, faults):
             _set(settings, flags, faults, where, name, value, dashes="")
     for name, value in written.items():
         _set(settings, flags, faults, "", name, value, dashes="--")
-    if not faults:  # after a mistyped flag, saying that the right one is missing would only repeat it
+    mistyped = bool(faults)
+    given = contradictions.given(_stage(trainer, flags), settings, paths) if trainer else None
+    if given:
+        faults += contradictions.excluded(given) + (contradictions.idle(given) if not mistyped else [])
+    if not mistyped:  # after a mistyped flag, saying that the right one is missing would only repeat it
         for flag in flags.values():
             if flag.required and flag.name not in settings:
                 word = flag.name if flag.positional else f"--{flag.name}"
@@ -239,35 +254,17 @@ def parse(
         result.append(group(**{name: values.pop(name) for name in names & values.keys()}))
     if trainer:
         result.append(values)
-        _refuse_contradictions(settings)
     if check_only:
         sys.exit(0)
+    if given and os.environ.get("RANK", "0") == "0":
+        for note in contradictions.notes(given):
+            print(note, file=sys.stderr)
     return result
 
 
-def _refuse_contradictions(settings: dict[str, tuple[str, Any]]) -> None:
-    """Flags of a training stage that exclude each other, told before anything heavy starts."""
-    value = {name: setting for name, (_, setting) in settings.items()}
-    lora, quantised = value.get("use_peft", True), value.get("load_in_4bit") or value.get("load_in_8bit")
-    faults = []
-    if value.get("load_in_4bit") and value.get("load_in_8bit"):
-        faults.append("--load_in_4bit and --load_in_8bit exclude each other")
-    if quantised and not lora:
-        faults.append(
-            "--load_in_4bit/--load_in_8bit need LoRA: quantised weights can't be trained (--use_peft true)"
-        )
-    if value.get("bf16") and value.get("fp16"):
-        faults.append("--bf16 and --fp16 exclude each other")
-    if value.get("device_map") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        faults.append(
-            "--device_map spreads one copy over the GPUs; with several processes each has its own (NPROC=1)"
-        )
-    if value.get("peft_path") and not lora:
-        faults.append("--peft_path goes with --use_peft true")
-    if value.get("lora_rank", 1) < 1:
-        faults.append(f"--lora_rank must be at least 1, not {value['lora_rank']}")
-    if faults:
-        raise UserError(*faults)
+def _stage(trainer: str, flags: dict[str, Flag]) -> str:
+    """Which stage's flags these are: pt and sft have the trainer in common, and blocks are for pt."""
+    return {"reward": "rm", "dpo": "dpo"}.get(trainer) or ("pt" if "block_size" in flags else "sft")
 
 
 def _set(

@@ -52,6 +52,8 @@ class Flag:
         """A YAML value or the list of words after a flag -> a checked value. Raises ValueError with the reason."""
         if isinstance(value, Words):
             if self.is_list and not (self.or_single and len(value) == 1):
+                if self.optional and len(value) == 1 and value[0] in ("None", "null"):
+                    return None
                 return [_to_kind(word, {self.item}) for word in value]
             if not value and bool in self.kinds:
                 return True

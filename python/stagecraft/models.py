@@ -97,8 +97,12 @@ def load_for_training(
     `task`: causal or reward. The trainer adds the adapter, not we: only then does DPO know that its reference is
     the model with the adapter switched off.
     """
+    import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    if lora.use_peft and lora.use_dora and args.load_in_8bit and not torch.cuda.is_available():
+        # bitsandbytes' way through 8 bits on a CPU ends in an AttributeError at DoRA's first backward pass.
+        raise UserError("--use_dora with --load_in_8bit needs CUDA; leave one out, or use --load_in_4bit")
     kwargs: dict[str, Any] = {
         "dtype": args.torch_dtype,
         "trust_remote_code": args.trust_remote_code,
@@ -127,8 +131,9 @@ def load_for_training(
         from peft import PeftModel
 
         return PeftModel.from_pretrained(model, lora.peft_path, is_trainable=True), None
-    _check_target_modules(model, lora)
-    return model, _adapter(lora, task)
+    adapter = _adapter(lora, task)
+    _check_target_modules(model, lora, adapter.modules_to_save or [])
+    return model, adapter
 
 
 def add_adapter(
@@ -168,12 +173,17 @@ def check_devices(args: ModelArguments) -> None:
 
 
 def resolve_precision(training: dict[str, Any]) -> str:
-    """Set bf16 in `training` where neither precision was asked for; returns what was chosen and why."""
+    """Set bf16 in `training` where neither precision was asked for; returns what was chosen and why.
+
+    Raises UserError where the one that was asked for is not to be had.
+    """
     import torch
 
     if training.get("bf16"):
         return "precision: bf16 autocast (asked for)"
     if training.get("fp16"):
+        if not torch.cuda.is_available():  # the trainer would go on in fp32 without a word
+            raise UserError("--fp16 needs CUDA; leave it out here (--bf16 true works on a CPU)")
         training["bf16"] = False
         return "precision: fp16 autocast (asked for)"
     if training.get("bf16") is False:
@@ -264,19 +274,29 @@ def _targets_all(lora: LoraArguments) -> bool:
     return lora.target_modules in (["all"], ["all-linear"])
 
 
-def _check_target_modules(model: PreTrainedModel, lora: LoraArguments) -> None:
-    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+def _check_target_modules(model: PreTrainedModel, lora: LoraArguments, saved: list[str]) -> None:
+    """Modules that are asked for must be there, and be ones that an adapter can be put on. Raises UserError."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    kinds: dict[str, bool] = {}  # name -> whether an adapter can be put on it
+    for name, module in model.named_modules():
+        fits = isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, Conv1D))
+        kinds[name.rsplit(".", 1)[-1]] = fits
+    asked = [] if _targets_all(lora) else lora.target_modules
+    known = ", ".join(sorted(name for name in kinds if name.endswith(("proj", "head", "tokens"))))
     faults = []
-    for flag, wanted in (
-        ("target_modules", lora.target_modules),
-        ("modules_to_save", lora.modules_to_save or []),
-    ):
-        unknown = (
-            [] if flag == "target_modules" and _targets_all(lora) else [m for m in wanted if m not in names]
-        )
+    for flag, wanted in (("target_modules", asked), ("modules_to_save", lora.modules_to_save or [])):
+        unknown = [name for name in wanted if name not in kinds]
         if unknown:
-            linear = sorted(name for name in names if name.endswith(("proj", "head", "tokens")))
-            faults.append(f"--{flag}: the model has no {', '.join(unknown)}; it has {', '.join(linear)}")
+            faults.append(f"--{flag}: the model has no {', '.join(unknown)}; it has {known}")
+    unfit = [name for name in asked if not kinds.get(name, True)]
+    if unfit:
+        faults.append(
+            f"--target_modules: {', '.join(unfit)} can't be adapted, only trained in full (--modules_to_save)"
+        )
+    for name in set(asked) & set(saved) - set(lora.modules_to_save or []):
+        faults.append(f"--target_modules: {name} is trained in full in this stage; leave it out")
     if faults:
         raise UserError(*faults)
 
