@@ -84,6 +84,13 @@ CASES = [
         "--flash_attn --torch_dtype bfloat16",
     ),
     ("sft", "--peft_path a --use_peft false", "--peft_path goes with --use_peft true", "--peft_path a"),
+    (
+        "rm",
+        "--load_in_4bit --torch_dtype float32 --bf16 false",
+        "--torch_dtype float32 does not fit the score head, which is bfloat16 beside quantised weights: leave it out, "
+        "or --bf16 true",
+        "--load_in_4bit --torch_dtype float32 --bf16 true",
+    ),
     ("sft", "--lora_rank 0", "--lora_rank must be at least 1, not 0", "--lora_rank 1"),
     *[
         (

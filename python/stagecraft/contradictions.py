@@ -338,6 +338,12 @@ def _excluded_in_models(given: Given) -> Iterator[str]:
         yield f"--lora_rank must be at least 1, not {given.get('lora_rank')}"
     if given.asks("flash_attn") and given.get("torch_dtype") == "float32":
         yield "--flash_attn has no float32: --torch_dtype bfloat16 (or float16), or leave it out"
+    dtype, autocast = given.get("torch_dtype", "auto"), given.get("bf16") is not False or given.asks("fp16")
+    if given.stage == "rm" and quantised and not autocast and dtype in ("float32", "float16"):
+        yield (
+            f"--torch_dtype {dtype} does not fit the score head, which is bfloat16 beside quantised weights: "
+            "leave it out, or --bf16 true"
+        )
     both = set(given.get("target_modules", [])) & set(given.get("modules_to_save") or [])
     for name in sorted(both) if given.lora else ():
         yield f"--target_modules and --modules_to_save both name {name}: adapted or trained in full, not both"

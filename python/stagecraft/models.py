@@ -113,6 +113,10 @@ def load_for_training(
         kwargs["attn_implementation"] = "flash_attention_2"
     if args.load_in_4bit or args.load_in_8bit:
         kwargs["quantization_config"] = _quantisation(args)
+        if task == "reward" and args.torch_dtype == "auto":
+            # TRL makes what trains bf16 beside quantised weights, the score head, too: without autocast a base that
+            # was saved in fp32 would hand it fp32, which is an error.
+            kwargs["dtype"] = "bfloat16"
     if task == "reward":
         with (
             without_load_report()
