@@ -260,8 +260,12 @@ def test_everything_that_is_missing_is_told_at_once():
 )
 @pytest.mark.parametrize("trainer", STAGES)
 def test_flags_of_older_guides_are_mapped_and_said(capsys, flags, name, value, trainer):
-    if value == "group_by_length" and trainer != "transformers":  # said, and then refused: rows are pairs there
-        assert "--train_sampling_strategy needs rows of one text each" in faults_of(*flags, trainer=trainer)[0]
+    if (
+        value == "group_by_length" and trainer != "transformers"
+    ):  # said, and then refused: rows are pairs there
+        assert (
+            "--train_sampling_strategy needs rows of one text each" in faults_of(*flags, trainer=trainer)[0]
+        )
     else:
         assert parse_stage(*flags, trainer=trainer)[name] == value
     said = f"{flags[0]} is now --{name}: using {name}={value}\n"
