@@ -12,7 +12,8 @@ Tokens/s: tokens of the rows (supervised: as the kit marks them; real: all of th
 training loop; the first step, which is slower, is one of 120 (chat rows). DPO: pairs/s from the first forward pass to
 the last step, so the reference pass counts wherever it happens. Padding: share of the tokens that went through the
 model. The last line is one JSON object; with several peers it names the best of them. `ours`, `peer` are supervised
-tokens/s (sft), real tokens/s (pt), pairs/s (dpo) or MB (--memory), medians; `ratio` is ours over the peer's. To reach:
+tokens/s (sft), real tokens/s (pt, and sft with --shape), pairs/s (dpo) or MB (--memory), medians; `ratio` is ours over
+the peer's. To reach:
 
     sft          1.1 x the best peer, 2.5 x trl-default (chat rows, two threads)
     dpo          1.8 x trl-default
@@ -247,7 +248,9 @@ def compare(found: dict[str, list[dict[str, Any]]], args: argparse.Namespace) ->
     """A line for each contender, and the last line's figures against the best peer."""
     keys = {"sft": "supervised_rate", "pt": "real_rate", "dpo": "pairs_rate"}
     on_card = any(report["gpu_mb"] for reports in found.values() for report in reports)
-    key = ("gpu_mb" if on_card else "peak_mb") if args.memory else keys[args.stage]
+    key = keys[args.stage] if args.shape == "chat" else "real_rate"
+    if args.memory:
+        key = "gpu_mb" if on_card else "peak_mb"
     middle = {name: statistics.median(each[key] for each in reports) for name, reports in found.items()}
     unit = {"supervised_rate": "supervised tokens/s", "real_rate": "real tokens/s", "pairs_rate": "pairs/s"}
     for name, value in middle.items():

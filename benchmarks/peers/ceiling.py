@@ -41,9 +41,7 @@ def main() -> None:
 
 def products(config: dict) -> dict[tuple[int, int], int]:
     """(outputs, inputs) of a weight -> how often the model has one of that shape."""
-    hidden, layers, heads = (
-        config[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads")
-    )
+    hidden, layers, heads = (config[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
     head = config.get("head_dim") or hidden // heads
     query, key = heads * head, config["num_key_value_heads"] * head
     inner = config["intermediate_size"]

@@ -104,7 +104,12 @@ def factory_settings(name: str, settings: Settings, folder: Path) -> dict[str, A
     described = {"file_name": file} | {
         "sft": {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": OPENAI_TAGS},
         "pt": {"columns": {"prompt": "text"}},
-        "dpo": {"formatting": "sharegpt", "ranking": True, "columns": PREFERENCE_COLUMNS, "tags": OPENAI_TAGS},
+        "dpo": {
+            "formatting": "sharegpt",
+            "ranking": True,
+            "columns": PREFERENCE_COLUMNS,
+            "tags": OPENAI_TAGS,
+        },
     }[settings.stage]
     (folder / "dataset_info.json").write_text(json.dumps({"rows": described}))
     return {

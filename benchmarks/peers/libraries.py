@@ -71,9 +71,7 @@ def trl_trainer(
             arguments["train_sampling_strategy"] = "group_by_length"
         config, trainer = SFTConfig(**arguments), SFTTrainer
     data = Dataset.from_list(rows)
-    return trainer(
-        model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora
-    )
+    return trainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora)
 
 
 def as_preference(row: dict[str, Any]) -> dict[str, Any]:

@@ -97,7 +97,9 @@ def make(folder: Path, case: Case, stage: str) -> Facts:
         rows = [long_row(words, rng, case.limit, tokenizer, template) for _ in range(case.rows)]
     else:
         writer = Writer(words, tokenizer, rng)
-        rows = [{"sft": writer.talk, "pt": writer.document, "dpo": writer.pair}[stage]() for _ in range(case.rows)]
+        rows = [
+            {"sft": writer.talk, "pt": writer.document, "dpo": writer.pair}[stage]() for _ in range(case.rows)
+        ]
     file = folder / "rows" / "rows.jsonl"
     file.parent.mkdir()
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -28,7 +28,9 @@ class Observer(importlib.abc.MetaPathFinder):
         self.report = report
         self.first_forward: float | None = None
         self.through = 0  # tokens that went through the model, padding included
-        self.real: Any = 0  # those that are not the padding token; tensors are added up without a wait for the device
+        self.real: Any = (
+            0  # those that are not the padding token; tensors are added up without a wait for the device
+        )
         self.supervised: Any = 0
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
