@@ -8,12 +8,12 @@ Peers: trl-default, trl-grouped, trl-packing, transformers (in the kit's own env
 llamafactory-neat (with --peer_python, an environment of their own; docs/performance.md says how to make it), none.
 Model and rows are made here from a fixed seed; every run is a process in a folder of its own.
 
-Tokens/s: tokens of the rows (supervised: as the kit marks them; real: all of them) times epochs over the seconds of the
-training loop; the first step, which is slower, is one of 120 (chat rows). DPO: pairs/s from the first forward pass to
-the last step, so the reference pass counts wherever it happens. Padding: share of the tokens that went through the
-model. The last line is one JSON object; with several peers it names the best of them. `ours`, `peer` are supervised
-tokens/s (sft), real tokens/s (pt, and sft with --shape), pairs/s (dpo) or MB (--memory), medians; `ratio` is ours over
-the peer's. To reach:
+Tokens/s: tokens of the rows (supervised: as the kit marks them; real: all of them; PT: those trained on) times epochs
+over the seconds of the training loop; the first step, which is slower, is one of 120 (SFT of chat rows). DPO: pairs/s
+from the first forward pass to the end of training, so the reference pass counts wherever it happens. Padding: share of
+the tokens that went through the model. The last line is one JSON object; with several peers it names the best of them.
+`ours`, `peer` are supervised tokens/s (sft), real tokens/s (pt, and sft with another --shape), pairs/s (dpo) or MB
+(--memory), medians; `ratio` is ours over the peer's. To reach:
 
     sft          1.1 x the best peer, 2.5 x trl-default (chat rows, two threads)
     dpo          1.8 x trl-default
@@ -100,7 +100,7 @@ def bench(work: Path, case: material.Case, args: argparse.Namespace) -> dict[str
         bf16=case.bf16,
         checkpointing=case.checkpointing,
         use_cpu=not cuda,
-        logging_steps=1 if args.memory else 10,
+        logging_steps=1 if args.memory else 5,
     )
     found = take_turns(work, ["ours", *args.peer], settings, facts, case, args)
     if case.checkpointing:
@@ -128,8 +128,8 @@ def take_turns(
                 sys.exit(f"{name} failed:\n{report}")
             measure(report, facts, case, args.stage)
             print(f"round {turn + 1}: {name}: {describe(report, args.stage)}", flush=True)
-            if args.stage != "pt":
-                refuse_other_work(name, report, facts, case, args.stage)
+            if args.stage == "sft":  # in PT blocks are cut, in DPO a prompt may be run once for both answers
+                refuse_other_work(name, report, facts.tokens * case.epochs)
             found[name].append(report)
     return found
 
@@ -167,10 +167,13 @@ def padding_told(manifest: dict[str, Any]) -> float | None:
 
 
 def measure(report: dict[str, Any], facts: material.Facts, case: material.Case, stage: str) -> None:
-    """Add rates and padding to a report. Tokens are those of the rows, the same for all: no one gains by other marks."""
+    """Add rates and padding to a report. Tokens are those of the rows, the same for all: no one gains by other marks.
+
+    In PT they are those each trained on: LLaMA-Factory leaves out the last block, which is not full.
+    """
     report["seconds"] = report["whole" if stage == "dpo" else "loop"]
     seconds, rows = report["seconds"], facts.rows * case.epochs
-    report["real_rate"] = facts.tokens * case.epochs / seconds
+    report["real_rate"] = (report["real"] if stage == "pt" else facts.tokens * case.epochs) / seconds
     report["supervised_rate"] = facts.supervised * case.epochs / seconds
     report["pairs_rate"] = rows / seconds
     if report.get("padding") is None:
@@ -194,12 +197,9 @@ def describe(report: dict[str, Any], stage: str) -> str:
     )
 
 
-def refuse_other_work(
-    name: str, report: dict[str, Any], facts: material.Facts, case: material.Case, stage: str
-) -> None:
-    """Stop where a contender trained on other tokens than the rows have. In DPO some run a prompt once a pair."""
-    wanted = facts.tokens * case.epochs
-    if stage == "sft" and abs(report["real"] / wanted - 1) > TOLERANCE:
+def refuse_other_work(name: str, report: dict[str, Any], wanted: int) -> None:
+    """Stop where a contender trained on other tokens than the rows have."""
+    if abs(report["real"] / wanted - 1) > TOLERANCE:
         sys.exit(f"{name} trained on {report['real']:,} tokens; the rows have {wanted:,}")
 
 
@@ -238,7 +238,7 @@ def print_ceiling(
     ours = statistics.median(report["real_rate"] for report in found)
     plain, again = ceiling["tokens_a_second"], ceiling["with_checkpointing"]
     print(
-        f"matrix products alone ({dtype}, {ceiling['tera_operations']:.1f} TFLOP/s): {plain:,.0f} tokens/s, ours "
+        f"matrix products alone ({dtype}, {ceiling['tera_operations']:.2f} TFLOP/s): {plain:,.0f} tokens/s, ours "
         f"{ours / plain:.1%} of that; with the second forward pass of checkpointing {again:,.0f}, ours {ours / again:.1%}",
         flush=True,
     )

@@ -239,7 +239,7 @@ class Writer:
 def long_row(
     words: list[str], rng: random.Random, length: int, tokenizer: Any, template: Any
 ) -> dict[str, Any]:
-    """A question of a tenth and its answer, together exactly `length` tokens where a token is a byte."""
+    """A question of a tenth and its answer, together `length` tokens (or one less) where a token is a byte."""
     from stagecraft.chat import templates
 
     text = " ".join(pick(words, rng) for _ in range(length // 2))
