@@ -239,7 +239,8 @@ def print_ceiling(
     plain, again = ceiling["tokens_a_second"], ceiling["with_checkpointing"]
     print(
         f"matrix products alone ({dtype}, {ceiling['tera_operations']:.2f} TFLOP/s): {plain:,.0f} tokens/s, ours "
-        f"{ours / plain:.1%} of that; with the second forward pass of checkpointing {again:,.0f}, ours {ours / again:.1%}",
+        f"{ours / plain:.1%} of that; with the second forward pass of checkpointing {again:,.0f}, ours "
+        f"{ours / again:.1%}",
         flush=True,
     )
 

@@ -81,7 +81,7 @@ class Observer(importlib.abc.MetaPathFinder):
             self.supervised += (inputs["labels"] != -100).sum()
 
     def write(self, trainer: Any, loop: float) -> None:
-        """The report: `loop` is the training loop alone; `whole` begins with the first forward pass, a reference's too."""
+        """The report: `loop` is the training loop; `whole` begins with the first forward pass, a reference's too."""
         import torch
 
         whole = time.perf_counter() - (self.first_forward or time.perf_counter())
