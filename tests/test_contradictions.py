@@ -17,6 +17,7 @@ from stagecraft.arguments import (
     ModelArguments,
     PreferenceDataArguments,
     PretrainingDataArguments,
+    ReferenceArguments,
     RunArguments,
     SFTDataArguments,
     parse,
@@ -37,7 +38,8 @@ NEEDED = ["--model_name_or_path", "M", "--train_file_dir", "T", "--output_dir", 
 
 def faults_of(stage: str, words: str) -> list[str]:
     """What a stage says to these flags; nothing where it takes them."""
-    groups = (ModelArguments, LoraArguments, DATA[stage], RunArguments)
+    reference = [ReferenceArguments] if stage == "dpo" else []
+    groups = (ModelArguments, LoraArguments, DATA[stage], *reference, RunArguments)
     try:
         parse("a stage", *groups, trainer=TRAINERS[stage], argv=[*NEEDED, *words.split()])
     except UserError as error:
@@ -85,11 +87,30 @@ CASES = [
     ),
     ("sft", "--peft_path a --use_peft false", "--peft_path goes with --use_peft true", "--peft_path a"),
     (
-        "rm",
-        "--load_in_4bit --torch_dtype float32 --bf16 false",
-        "--torch_dtype float32 does not fit the score head, which is bfloat16 beside quantised weights: leave it out, "
-        "or --bf16 true",
-        "--load_in_4bit --torch_dtype float32 --bf16 true",
+        "pt",
+        "--use_peft false --torch_dtype float16",
+        "--use_peft false trains every weight, which float16 weights do not survive: load them in another dtype "
+        "(--torch_dtype float32 or bfloat16)",
+        "--use_peft false --torch_dtype bfloat16",
+    ),
+    (
+        "sft",
+        "--modules_to_save lm_head --torch_dtype float16",
+        "--modules_to_save trains whole weights, which float16 weights do not survive: load them in another dtype "
+        "(--torch_dtype float32 or bfloat16)",
+        "--torch_dtype float16",
+    ),
+    (
+        "dpo",
+        "--reference_free --precompute_ref_log_probs false",
+        "--reference_free has nothing to ask a reference for in every step: leave out --precompute_ref_log_probs false",
+        "--reference_free",
+    ),
+    (
+        "dpo",
+        "--reference_free --use_peft false --sync_ref_model",
+        "--reference_free has no reference for --sync_ref_model: leave one out",
+        "--use_peft false --sync_ref_model",
     ),
     ("sft", "--lora_rank 0", "--lora_rank must be at least 1, not 0", "--lora_rank 1"),
     *[
@@ -605,7 +626,7 @@ def test_fp16_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError) as caught:
         models.resolve_precision({"fp16": True})
-    assert str(caught.value) == "--fp16 needs CUDA; leave it out here (--bf16 true works on a CPU)"
+    assert str(caught.value) == "--fp16 needs CUDA; here use --bf16 true, or neither"
     assert models.resolve_precision({"fp16": False, "bf16": True}) == "precision: bf16 autocast (asked for)"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert models.resolve_precision({"fp16": True}) == "precision: fp16 autocast (asked for)"  # control

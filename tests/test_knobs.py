@@ -194,6 +194,10 @@ class Ran:
         return next(line for line in self.said.splitlines() if line.startswith("trainable"))
 
     @property
+    def padding(self) -> str:
+        return self.run["metrics"]["padding"]
+
+    @property
     def counts(self) -> dict[str, int]:
         return self.run["counts"]
 
@@ -379,6 +383,7 @@ KNOBS = [
     Knob("sft", "load_in_8bit", "true", same="parameters"),
     Knob("sft", "flash_attn", "true", refused="--flash_attn needs CUDA; leave it out here (SDPA is used)"),
     Knob("sft", "trust_remote_code", "true", "first_loss", beside="--model_name_or_path FOLDER/loud"),
+    *(Knob(stage, "padding_free", "false", "padding", same="counts") for stage in ALL),
     # LoRA
     *(Knob(stage, "use_peft", "false", "weights parameters names") for stage in ALL),
     *(Knob(stage, "target_modules", "q_proj", "weights parameters") for stage in ("sft", "rm", "dpo")),
@@ -439,7 +444,7 @@ KNOBS = [
     Knob("sft", "optim", "adafactor", same="first_loss rates"),
     Knob("sft", "optim_args", "momentum=0.9", same="first_loss rates", beside="--optim sgd"),
     Knob("sft", "bf16", "true", same="counts rates"),
-    Knob("sft", "fp16", "true", refused="--fp16 needs CUDA; leave it out here (--bf16 true works on a CPU)"),
+    Knob("sft", "fp16", "true", refused="--fp16 needs CUDA; here use --bf16 true, or neither"),
     Knob("pt", "gradient_checkpointing", "true", "", same="weights", beside=BIG, less_memory=True),
     *(Knob(stage, "neftune_noise_alpha", "50", "losses", same="rates") for stage in ALL),
     *(Knob(stage, "label_smoothing_factor", "0.2", "losses", same="rates") for stage in ("pt", "sft")),
@@ -493,6 +498,7 @@ KNOBS = [
     Knob("rm", "center_rewards_coefficient", "0.5", "losses"),
     Knob("rm", "disable_dropout", "false", same="first_loss", beside="--lora_dropout 0.5"),
     # DPO
+    Knob("dpo", "reference_free", "true", "first_loss"),
     Knob("dpo", "beta", "0.5", "losses", same="first_loss"),
     *(
         Knob("dpo", "loss_type", name, "losses")
@@ -650,6 +656,7 @@ def _flags_of(stage: str) -> set[str]:
         arguments.LoraArguments,
         data.get(stage, arguments.PreferenceDataArguments),
         arguments.RunArguments,
+        *([arguments.ReferenceArguments] if stage == "dpo" else []),
     )
     ours = {field.name for group in groups for field in dataclasses.fields(group)}
     recipes = [path for path in (ROOT / "recipes").glob("*/*.yaml") if path.stem.split("-")[0] == stage]

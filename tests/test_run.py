@@ -276,7 +276,9 @@ def test_the_manifest_holds_the_command_but_no_secret(monkeypatch, flags):
 def train(tiny_base, tokenizer, tmp_path):
     """train(crash_after=step, ...): 3 steps in tmp_path/out with a checkpoint a step; returns the stage."""
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+
+    from stagecraft.training.language import LanguageTrainer
 
     ids = tokenizer("多喝水，注意休息。 Rest at home.")["input_ids"][:8]
     rows = Dataset.from_list([{"input_ids": ids, "labels": ids}] * 6)
@@ -302,7 +304,8 @@ def train(tiny_base, tokenizer, tmp_path):
         with stage(tmp_path / "out", tiny_base, training, lora=False, **settings) as current:
             args = current.configure(TrainingArguments, training)
             model = AutoModelForCausalLM.from_pretrained(tiny_base)
-            trainer = Trainer(model=model, args=args, train_dataset=rows, callbacks=[Crash()])
+            trainer = LanguageTrainer(model, args, corpus, tokenizer, padding_free=True)
+            trainer.add_callback(Crash())
             current.train(trainer, corpus)
             current.finish(trainer, tokenizer, end_ids=None)
         return current

@@ -188,6 +188,18 @@ class PreferenceDataArguments(DataArguments):
 
 
 @dataclass
+class ReferenceArguments:
+    """Reference"""
+
+    reference_free: bool = field(
+        default=False,
+        metadata={
+            "help": "no reference: its log-probabilities count as zero (sigmoid_norm is then SimPO, without a margin)"
+        },
+    )
+
+
+@dataclass
 class RunArguments:
     """Run"""
 

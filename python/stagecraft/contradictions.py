@@ -338,15 +338,26 @@ def _excluded_in_models(given: Given) -> Iterator[str]:
         yield f"--lora_rank must be at least 1, not {given.get('lora_rank')}"
     if given.asks("flash_attn") and given.get("torch_dtype") == "float32":
         yield "--flash_attn has no float32: --torch_dtype bfloat16 (or float16), or leave it out"
-    dtype, autocast = given.get("torch_dtype", "auto"), given.get("bf16") is not False or given.asks("fp16")
-    if given.stage == "rm" and quantised and not autocast and dtype in ("float32", "float16"):
-        yield (
-            f"--torch_dtype {dtype} does not fit the score head, which is bfloat16 beside quantised weights: "
-            "leave it out, or --bf16 true"
-        )
+    if given.get("torch_dtype") == "float16" and not given.asks("deepspeed"):
+        yield from untrainable(given.lora, given.get("modules_to_save"))
     both = set(given.get("target_modules", [])) & set(given.get("modules_to_save") or [])
     for name in sorted(both) if given.lora else ():
         yield f"--target_modules and --modules_to_save both name {name}: adapted or trained in full, not both"
+
+
+def untrainable(use_peft: bool, modules_to_save: list[str] | None) -> list[str]:
+    """What can't be trained in float16. (DeepSpeed keeps weights of its own in fp32, so all can be there.)
+
+    In float16 AdamW's mean of squared gradients starts as zero for gradients under 5e-3, and it divides by its root:
+    weights jump by up to lr * 1e8 of a gradient (two layers of width 32: loss 5.7 -> 20 in a step). On a GPU the
+    gradient scaler of --fp16 refuses such weights.
+    """
+    mend = "load them in another dtype (--torch_dtype float32 or bfloat16)"
+    if not use_peft:
+        return [f"--use_peft false trains every weight, which float16 weights do not survive: {mend}"]
+    if modules_to_save:
+        return [f"--modules_to_save trains whole weights, which float16 weights do not survive: {mend}"]
+    return []
 
 
 def _excluded_in_training(given: Given) -> Iterator[str]:
@@ -397,6 +408,13 @@ def _excluded_in_dpo(given: Given) -> Iterator[str]:
         )
     if given.asks("sync_ref_model") and given.asks("precompute_ref_log_probs"):
         yield "--sync_ref_model changes the reference, --precompute_ref_log_probs asks it once: leave one out"
+    if given.asks("reference_free") and given.asks("sync_ref_model"):
+        yield "--reference_free has no reference for --sync_ref_model: leave one out"
+    if given.asks("reference_free") and given.get("precompute_ref_log_probs") is False:
+        yield (
+            "--reference_free has nothing to ask a reference for in every step: leave out "
+            "--precompute_ref_log_probs false"
+        )
     if not 0 <= (given.get("ld_alpha") or 0.0) <= 1:
         yield f"--ld_alpha must be between 0 and 1, not {given.get('ld_alpha'):g}"
 

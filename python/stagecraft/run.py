@@ -175,6 +175,7 @@ class Stage:
                 "which is kept; the same command goes on from there",
                 status=INTERRUPTED,
             )
+        print(trainer.padding.outcome(), flush=True)
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         self.manifest["metrics"] = {
             "steps": result.global_step,

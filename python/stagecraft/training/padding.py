@@ -32,9 +32,8 @@ class Padding:
         self.why_not = _reason_against(self.layers) if wanted else "batches are padded, as asked"
         self.real = self.padded = 0  # tokens of training batches, without and with padding
         self.is_checked = False
-        if self.why_not:
-            return
-        if "flash" not in (self.layers.config._attn_implementation or ""):
+        # With flash_attn transformers' own function takes rows end to end, by the same keywords.
+        if not self.why_not and "flash" not in (self.layers.config._attn_implementation or ""):
             row_attention.register()
             model.set_attn_implementation(row_attention.ROWS)
 
@@ -49,9 +48,19 @@ class Padding:
         """Padding in the training batches so far, as a share of their tokens."""
         return 1 - self.real / self.padded if self.padded else 0.0
 
+    @property
+    def computed(self) -> float:
+        """Padding among the tokens that went through the layers."""
+        return self.share if self.why_not else 0.0
+
     def describe(self) -> str:
-        """What to tell on the terminal."""
-        return f"padding: {self.why_not}" if self.why_not else "padding: none, rows end to end"
+        """What to tell on the terminal before training."""
+        return f"padding: {self.why_not}" if self.why_not else "padding: none, rows run end to end"
+
+    def outcome(self) -> str:
+        """What to tell after it."""
+        what = "of the tokens computed" if self.why_not else "of the batches, left out"
+        return f"padding: {self.share:.0%} {what}"
 
     def forward(
         self,

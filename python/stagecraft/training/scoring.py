@@ -32,6 +32,7 @@ class Scored(ModelOutput):
     loss: Tensor | None = None
     log_probs: Tensor | None = None
     entropy: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
     mean_logits: Tensor | None = None
     is_top1: Tensor | None = None
 
@@ -77,7 +78,7 @@ class Scoring:
         self.own_forward = model.forward
         config = model.config.get_text_config()
         self.transform = _transform(config)
-        self.is_checked = False
+        self.is_checked, self.why_not = False, ""
         if model.get_output_embeddings() is None or getattr(config, "output_router_logits", False):
             return  # no head to call, or a loss that knows more than the labels
 
@@ -93,6 +94,8 @@ class Scoring:
             return self.own_forward(*args, **kwargs)
         if not self.is_checked:
             self._check(kwargs["input_ids"])
+        if self.why_not:
+            return self.own_forward(*args, labels=labels, **kwargs)
         count = kwargs.pop("num_items_in_batch", None)
         each = kwargs.pop("fused_lm_head", False)
         hidden = self.model.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state[:, :-1]
@@ -127,36 +130,43 @@ class Scoring:
                 checkpoint(piece, h, t, use_reentrant=False)
                 for h, t in zip(hidden.split(most), targets.split(most), strict=True)
             ]
-        names = ("log_probs", "mean_log_probs", "entropy", "mean_logits", "is_top1")
+        names = ("log_probs", "mean_log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
         return {
             name: torch.cat(values) for name, values in zip(names, zip(*parts, strict=True), strict=False)
         }
 
     def _check(self, input_ids: Tensor) -> None:
-        """Compare with the model's own logits. Raises UserError."""
+        """Compare with the model's own logits and loss; a model that knows better keeps its own. Raises UserError."""
         self.is_checked = True
         if not trial.is_possible():
             return
         few = input_ids[:1, : trial.TOKENS]
         with trial.trial(self.model):
-            own = self.own_forward(input_ids=few, use_cache=False).logits.float()
+            own = self.own_forward(input_ids=few, labels=few, use_cache=False)
             hidden = self.model.base_model(input_ids=few, use_cache=False).last_hidden_state
-            ours = self.transform(self.model.get_output_embeddings()(hidden)).float()
-        off = ((ours - own).norm() / own.norm()).item()
-        if not off <= 0.02:  # half precision's rounding gives 0.005
+            logits = self.transform(self.model.get_output_embeddings()(hidden))
+            loss = -_LogProbs.apply(logits[0, :-1], few[0, 1:].to(logits.device))[0].mean()
+        off = max(abs(loss / own.loss - 1).item(), ((logits - own.logits).norm() / own.logits.norm()).item())
+        if off <= 0.02:  # half precision's rounding gives 0.005
+            return
+        self.why_not = (
+            f"loss: {type(self.model).__name__}'s own, over every position (ours is off by {off:.1e})"
+        )
+        print(self.why_not, flush=True)
+        if self.label_smoothing:
             raise UserError(
-                f"--model_name_or_path: {type(self.model).__name__} makes its logits in a way the kit does not know "
-                f"(off by {off:.1e}): it can't be trained with it"
+                f"--label_smoothing_factor: not for {type(self.model).__name__}, which makes its own loss"
             )
 
 
 @torch.no_grad()
-def _measures(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Entropy, mean logit, and whether the target is the likeliest, each [N]."""
+def _measures(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Entropy, log of the sum of squared probabilities, mean logit, and whether the target is the likeliest; each [N]."""
     wide = logits.float()
     log_probs = wide.log_softmax(-1)
-    entropy = -(log_probs.exp() * log_probs).sum(-1)
-    return entropy, wide.mean(-1), wide.argmax(-1) == targets
+    probs = log_probs.exp()
+    entropy, squares = -torch.linalg.vecdot(probs, log_probs), torch.linalg.vecdot(probs, probs)
+    return entropy, squares.log(), wide.mean(-1), wide.argmax(-1) == targets
 
 
 def _transform(config: Any) -> Callable[[Tensor], Tensor]:

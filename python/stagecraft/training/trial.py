@@ -20,12 +20,9 @@ def is_possible() -> bool:
 
 @contextlib.contextmanager
 def trial(module: nn.Module) -> Iterator[None]:
-    """No gradients and no dropout inside. Linear layers stay in training: bitsandbytes' 4-bit ones repack their weights
-    when they leave it, which fails for widths below 64.
-    """
+    """No gradients and no dropout inside."""
     modes = {part: part.training for part in module.modules()}
-    for part in modes:
-        part.training = part.training and isinstance(part, nn.Linear)
+    module.eval()
     try:
         with torch.no_grad():
             yield
