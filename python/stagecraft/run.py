@@ -183,10 +183,9 @@ class Stage:
             "tokens": round(corpus.counts["tokens an epoch"] * (trainer.state.epoch or 0)),
             "loss_first": losses[0] if losses else None,
             "loss_last": losses[-1] if losses else None,
-            "padding_share": round(
-                trainer.padding.share, 4
-            ),  # of the batches; computed only where they are padded
             "padding": trainer.padding.describe(),
+            "padding_share": round(trainer.padding.computed, 4),  # of the tokens that the layers computed
+            "padding_share_of_batches": round(trainer.padding.share, 4),
         }
 
     def finish(self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, end_ids: list[int] | None) -> None:

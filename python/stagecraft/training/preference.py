@@ -34,8 +34,18 @@ class TokenisedDPOTrainer(DPOTrainer):
         """Once the adapter is there and TRL has put its head in, whose CPU form scores every position, pads included."""
         if self.padding is None:
             base = _base_of(self.model)
-            self.padding = Padding(base, self.padding_free_wanted)
-            Scoring(base)
+            self.padding, self.scoring = Padding(base, self.padding_free_wanted), Scoring(base)
+            if self.ref_model is not None:
+                Padding(self.ref_model, self.padding_free_wanted)
+                Scoring(self.ref_model).measures = False
+
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+        """As TRL's; of a reference nothing else is asked."""
+        self.scoring.measures = False
+        try:
+            return super().compute_ref_log_probs(model, inputs)
+        finally:
+            self.scoring.measures = True
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset  # TRL has no argument for it and would render the rows again

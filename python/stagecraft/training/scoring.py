@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 from stagecraft.errors import UserError
 from stagecraft.training import trial
 
+IN_CACHE = 1 << 17  # logits that several passes are made over: 512 KB in fp32
 # Logits in memory at once. More positions are scored in pieces, each projected again for its gradient: a third of
 # the head's work more. 128 MB in fp32 on a CPU; 512 MB in bf16 and twice that for a moment in fp32 on a GPU.
 LOGITS_AT_ONCE = {"cpu": 1 << 25, "cuda": 1 << 28}
@@ -46,27 +47,38 @@ class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        wide = logits.float()
-        total = wide.logsumexp(-1)
+        parts = [(part.float().logsumexp(-1), part.float().mean(-1)) for part in _in_cache(logits)]
+        total, mean = (torch.cat(values) for values in zip(*parts, strict=True))
         ctx.save_for_backward(logits, targets, total)
-        return wide.gather(-1, targets[:, None])[:, 0] - total, wide.mean(-1) - total
+        return logits.gather(-1, targets[:, None])[:, 0].float() - total, mean - total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_mean: Tensor | None) -> tuple[Tensor, None]:
         logits, targets, total = ctx.saved_tensors
-        out = logits.detach()
-        wide = out.float()  # the same memory in fp32
-        both = sum(part for part in (grad, grad_mean) if part is not None)
-        wide.sub_(total[:, None]).exp_().mul_(-both[:, None])
-        if grad is not None:
-            wide.scatter_add_(-1, targets[:, None], grad[:, None])
-        if grad_mean is not None:
-            wide.add_(grad_mean[:, None] / logits.shape[-1])
-        return (wide if wide is out else out.copy_(wide)), None
+        out, width = logits.detach(), logits.shape[-1]
+        grad = torch.zeros_like(total) if grad is None else grad
+        both = grad if grad_mean is None else grad + grad_mean
+        place = 0
+        for part in _in_cache(out):
+            rows = slice(place, place := place + len(part))
+            wide = part.float()  # the same memory in fp32
+            wide.sub_(total[rows, None]).exp_().mul_(-both[rows, None])
+            wide.scatter_add_(-1, targets[rows, None], grad[rows, None])
+            if grad_mean is not None:
+                wide.add_(grad_mean[rows, None] / width)
+            if wide is not part:
+                part.copy_(wide)
+        return out, None
+
+
+def _in_cache(logits: Tensor) -> tuple[Tensor, ...]:
+    """Logits [N, V] in views of some rows: on a CPU so few that several passes over them are made in its cache."""
+    rows = len(logits) if logits.is_cuda else IN_CACHE // logits.shape[-1]
+    return logits.split(max(1, rows))
 
 
 class Scoring:
-    """Scores supervised positions only when `model` is called with labels [rows, longest].
+    """Scores supervised positions only when `model` is called with labels [rows, longest] (-100: not supervised).
 
     That gives a loss: the mean over supervised tokens, or their sum over num_items_in_batch. Smoothing is training's;
     evaluation tells the plain loss. With fused_lm_head=True, TRL's word for it, every position's values come back
@@ -79,6 +91,7 @@ class Scoring:
         config = model.config.get_text_config()
         self.transform = _transform(config)
         self.is_checked, self.why_not = False, ""
+        self.measures = True  # with fused_lm_head, more than log-probabilities
         if model.get_output_embeddings() is None or getattr(config, "output_router_logits", False):
             return  # no head to call, or a loss that knows more than the labels
 
@@ -101,7 +114,7 @@ class Scoring:
         hidden = self.model.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state[:, :-1]
         targets = labels[:, 1:].to(hidden.device)
         supervised = targets != -100
-        scored = self._scored(hidden[supervised], targets[supervised], measured=each)
+        scored = self._scored(hidden[supervised], targets[supervised], each and self.measures)
         smooth = scored.pop("mean_log_probs")
         if each:
             return Scored(
@@ -160,13 +173,17 @@ class Scoring:
 
 
 @torch.no_grad()
-def _measures(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _measures(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     """Entropy, log of the sum of squared probabilities, mean logit, and whether the target is the likeliest; each [N]."""
-    wide = logits.float()
-    log_probs = wide.log_softmax(-1)
-    probs = log_probs.exp()
-    entropy, squares = -torch.linalg.vecdot(probs, log_probs), torch.linalg.vecdot(probs, probs)
-    return entropy, squares.log(), wide.mean(-1), wide.argmax(-1) == targets
+    parts = []
+    for part in _in_cache(logits):
+        wide = part.float()
+        log_probs = wide.log_softmax(-1)
+        probs = log_probs.exp()
+        entropy, squares = -torch.linalg.vecdot(probs, log_probs), torch.linalg.vecdot(probs, probs)
+        parts.append((entropy, squares.log(), wide.mean(-1), wide.argmax(-1)))
+    entropy, squares, mean, likeliest = (torch.cat(values) for values in zip(*parts, strict=True))
+    return entropy, squares, mean, likeliest == targets
 
 
 def _transform(config: Any) -> Callable[[Tensor], Tensor]:
