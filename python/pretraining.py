@@ -24,7 +24,7 @@ def main() -> None:
         from stagecraft.training.language import LanguageTrainer
 
         models.check_devices(model_args)
-        tokenizer = models.load_tokenizer(model_args.model_name_or_path, model_args.trust_remote_code)
+        tokenizer = models.load_model_tokenizer(model_args)
         documents = corpus.load_documents(data_args, tokenizer)
         print(documents.describe(), flush=True)
         args = stage.configure(TrainingArguments, training)

@@ -25,7 +25,7 @@ def main() -> None:
         from stagecraft.training.preference import ScoreTrainer
 
         models.check_devices(model_args)
-        tokenizer = models.load_tokenizer(model_args.model_name_or_path, model_args.trust_remote_code)
+        tokenizer = models.load_model_tokenizer(model_args)
         template = templates.load_template(tokenizer, data_args.template_name)
         preferences = corpus.load_preferences(data_args, tokenizer, template, "rm")
         print(preferences.describe(), flush=True)

@@ -24,7 +24,7 @@ def main() -> None:
         from stagecraft.training.language import LanguageTrainer
 
         models.check_devices(model_args)
-        tokenizer = models.load_tokenizer(model_args.model_name_or_path, model_args.trust_remote_code)
+        tokenizer = models.load_model_tokenizer(model_args)
         template = templates.load_template(tokenizer, data_args.template_name)
         conversations = corpus.load_conversations(data_args, tokenizer, template)
         print(conversations.describe(), flush=True)

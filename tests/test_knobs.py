@@ -616,8 +616,9 @@ def test_cache_dir_is_where_a_hub_model_is_looked_for(tiny_base: Path, tmp_path:
     (hub / "refs").mkdir()
     (hub / "refs" / "main").write_text("abc")
     lora = LoraArguments(use_peft=False)
-    model, _ = models.load_for_training(ModelArguments("somebody/tiny", cache_dir=str(tmp_path)), lora)
-    assert model.config.hidden_size == 32
+    args = ModelArguments("somebody/tiny", cache_dir=str(tmp_path))
+    model, _ = models.load_for_training(args, lora)
+    assert model.config.hidden_size == 32 and models.load_model_tokenizer(args).eos_token
     with pytest.raises(OSError, match="couldn.t find them in the cached files"):  # nor is anything fetched
         models.load_for_training(ModelArguments("somebody/tiny", cache_dir=str(tmp_path / "other")), lora)
 

@@ -56,6 +56,11 @@ def load_tokenizer(path: str, trust_remote_code: bool = False, **kwargs: Any) ->
     return tokenizer
 
 
+def load_model_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model that a stage starts from."""
+    return load_tokenizer(args.model_name_or_path, args.trust_remote_code, cache_dir=args.cache_dir)
+
+
 def open_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder. Raises UserError where there is none; the hub is not asked."""
     if not (Path(path) / "tokenizer_config.json").exists():

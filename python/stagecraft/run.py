@@ -88,7 +88,9 @@ class Stage:
         """
         import torch
 
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", self.args.logging_dir or str(self.logs))
+        if self.args.logging_dir:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = self.args.logging_dir
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(self.logs))
         values: dict[str, Any] = {
             "report_to": "tensorboard",
             "logging_steps": 10,

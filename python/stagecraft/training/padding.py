@@ -32,10 +32,11 @@ class Padding:
         self.why_not = _reason_against(self.layers) if wanted else "batches are padded, as asked"
         self.real = self.padded = 0  # tokens of training batches, without and with padding
         self.is_checked = False
+        self.implementation = self.layers.config._attn_implementation
         # With flash_attn transformers' own function takes rows end to end, by the same keywords.
-        if not self.why_not and "flash" not in (self.layers.config._attn_implementation or ""):
+        if not self.why_not and "flash" not in self.implementation:
             row_attention.register()
-            model.set_attn_implementation(row_attention.ROWS)
+            self.layers.set_attn_implementation(row_attention.ROWS)
 
         @functools.wraps(self.padded_forward)  # its signature is asked for
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -84,12 +85,14 @@ class Padding:
         }
         wants_more = any(kwargs.get(f"output_{name}") for name in ("hidden_states", "attentions"))
         is_batch = input_ids is not None and attention_mask is not None and attention_mask.dim() == 2
-        if self.why_not or wants_more or use_cache or not is_batch or position_ids is not None:
+        if not is_batch or use_cache or wants_more or position_ids is not None:
             return self.padded_forward(**whole)
         rows = Rows(attention_mask)
         if self.layers.training:
             self.real += rows.tokens
             self.padded += attention_mask.numel()
+        if self.why_not:
+            return self.padded_forward(**whole)
         if rows.tokens == attention_mask.numel():
             return self.padded_forward(**{**whole, "attention_mask": None, "use_cache": False})
         if not self.is_checked:
@@ -142,6 +145,7 @@ class Padding:
                 if not off <= TOLERANCE.get(alone.dtype, 0.05):
                     self.why_not = _advised(f"rows end to end would change its states by {off:.1e}")
         if self.why_not:
+            self.layers.set_attn_implementation(self.implementation)
             print(self.describe(), flush=True)
 
 
