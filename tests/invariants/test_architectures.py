@@ -151,6 +151,29 @@ def test_no_row_sees_another() -> None:
     assert torch.equal(ours[0][1:], ours[1][1:]) and not torch.equal(ours[0][0], ours[1][0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True], ids=["weights", "autocast"])
+def test_rounding_is_not_taken_for_a_neighbour_and_a_neighbour_not_for_rounding(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, autocast: bool
+) -> None:
+    def looked_at() -> Padding:
+        model = model_of("qwen3") if autocast else model_of("qwen3").to(dtype)
+        padding = Padding(model)
+        with torch.autocast("cpu", dtype, enabled=autocast and dtype != torch.float32):
+            model(**batch())
+        return padding
+
+    assert looked_at().why_not == ""
+    joined = Rows.__init__
+
+    def careless(self: Rows, mask: Tensor) -> None:
+        joined(self, mask)
+        self.starts, self.longest = self.starts[[0, -1]], self.tokens
+
+    monkeypatch.setattr(Rows, "__init__", careless)
+    assert "rows end to end would change its states" in looked_at().why_not
+
+
 def test_generation_is_the_models_own() -> None:
     """Samples may be drawn while a model trains."""
     model = model_of("qwen3").eval()

@@ -142,7 +142,7 @@ class Padding:
             for i, row in enumerate(ids if not self.why_not else ()):
                 alone = self.padded_forward(input_ids=row[None], use_cache=False).last_hidden_state[0]
                 off = (together[i, : len(row)] - alone).norm() / alone.norm()
-                if not off <= TOLERANCE.get(alone.dtype, 0.05):
+                if not off <= TOLERANCE[_computed_in(alone)]:
                     self.why_not = _advised(f"rows end to end would change its states by {off:.1e}")
         if self.why_not:
             self.layers.set_attn_implementation(self.implementation)
@@ -169,6 +169,12 @@ class Rows:
         """[1, tokens, ...] -> [rows, longest, ...], zeros at padding"""
         flat = joined.new_zeros((self.mask.numel(), *joined.shape[2:]))
         return flat.index_copy(0, self.places, joined[0]).unflatten(0, self.mask.shape)
+
+
+def _computed_in(states: Tensor) -> torch.dtype:
+    """The dtype whose rounding is in hidden states: under autocast they come out in the weights' own."""
+    kind = states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
 
 
 def _reason_against(layers: PreTrainedModel) -> str:
