@@ -105,7 +105,7 @@ def bench(work: Path, case: material.Case, args: argparse.Namespace) -> dict[str
     found = take_turns(work, ["ours", *args.peer], settings, facts, case, args)
     if case.checkpointing:
         run_without_checkpointing(work, settings, facts, case, args)
-    if case.shape is not None and not args.memory:
+    if (cuda or case.shape is not None) and not args.memory:
         print_ceiling(facts.model, case, found["ours"], cuda, args.threads)
     return compare(found, args)
 

@@ -70,8 +70,11 @@ def attend_within_rows(
     if unknown:
         raise NotImplementedError(f"attention with {', '.join(unknown)}")
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
-    if query.is_cuda and not dropout and query.dtype in (torch.bfloat16, torch.float16):
-        return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, window), None
+    if query.is_cuda and not dropout:
+        if torch.is_autocast_enabled("cuda"):  # which knows SDPA, but not torch's kernel for rows
+            query, key, value = (part.to(torch.get_autocast_dtype("cuda")) for part in (query, key, value))
+        if _fits_flash(query):
+            return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, window), None
     # split, not slices: the gradient of a slice is a whole tensor of zeros, one for each row
     sizes = cu_seq_lens_q.diff().tolist()
     rows = zip(*(part.split(sizes, dim=2) for part in (query, key, value)), strict=True)
@@ -89,6 +92,15 @@ def attend_within_rows(
         for q, k, v in rows
     ]
     return torch.cat(attended, dim=2).transpose(1, 2), None
+
+
+def _fits_flash(query: Tensor) -> bool:
+    """Whether torch's FlashAttention takes it: half precision, heads of whole 8s up to 256, Ampere or later."""
+    size = query.shape[-1]
+    is_half = query.dtype in (torch.bfloat16, torch.float16)
+    return (
+        is_half and size % 8 == 0 and size <= 256 and torch.cuda.get_device_capability(query.device)[0] >= 8
+    )
 
 
 def _flash(
