@@ -173,8 +173,9 @@ def test_pt_is_the_same(trained: Callable[..., Any], flags: tuple[Any, ...]) -> 
     assert equal(trained(*EIGHT, *FULL, *BLOCKS, **settings), trained(*flags, *FULL, *BLOCKS, **settings))
 
 
-def test_scoring_in_pieces_is_the_same(trained: Callable[..., Any]) -> None:
-    assert equal(trained(*EIGHT, *FULL), trained(*EIGHT, *FULL, patch=pieces))
+@pytest.mark.parametrize("kind", [(), FULL], ids=["frozen head", "trained head"])
+def test_scoring_in_pieces_is_the_same(trained: Callable[..., Any], kind: tuple[Any, ...]) -> None:
+    assert equal(trained(*EIGHT, *kind), trained(*EIGHT, *kind, patch=pieces))
 
 
 def test_neftune_draws_the_same_noise_with_and_without_padding(trained: Callable[..., Any]) -> None:

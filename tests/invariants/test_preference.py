@@ -115,6 +115,10 @@ def test_dpo_is_the_same(trained: Callable[..., Any], flags: tuple[Any, ...], ki
     assert equal(trained(*EIGHT, *kind), trained(*flags, *kind))
 
 
+def test_scoring_in_pieces_is_the_same(trained: Callable[..., Any]) -> None:
+    assert equal(trained(*EIGHT), trained(*EIGHT, patch=pieces))
+
+
 def test_a_switched_off_adapter_is_a_separate_reference(trained: Callable[..., Any]) -> None:
     assert equal(trained(*EIGHT, *LIVE), trained(*EIGHT, *LIVE, patch=separate_reference))
 
@@ -163,6 +167,12 @@ def test_control_answers_without_their_first_token(trained: Callable[..., Any]) 
 
 
 # ---- Changes to the kit, made in the run's own process
+
+
+def pieces() -> None:
+    from stagecraft.training import scoring
+
+    scoring.LOGITS_AT_ONCE["cpu"] = 4000  # eight positions of 500 words
 
 
 def separate_reference(noise: float = 0.0) -> None:

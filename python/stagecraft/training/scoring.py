@@ -21,8 +21,9 @@ from stagecraft.errors import UserError
 from stagecraft.training import trial
 
 IN_CACHE = 1 << 17  # logits that several passes are made over: 512 KB in fp32
-# Logits in memory at once. More positions are scored in pieces, each projected again for its gradient: a third of
-# the head's work more. 128 MB in fp32 on a CPU; 512 MB in bf16 and twice that for a moment in fp32 on a GPU.
+# Logits in memory at once; more positions are scored in pieces. 128 MB in fp32 on a CPU; 512 MB in bf16 and twice that
+# for a moment in fp32 on a GPU. Where the head is trained, and in DPO, each piece is projected again for its gradient: a
+# third of the head's work more.
 LOGITS_AT_ONCE = {"cpu": 1 << 25, "cuda": 1 << 28}
 
 
@@ -71,6 +72,29 @@ class _LogProbs(torch.autograd.Function):
         return out, None
 
 
+class _SumOfPieces(torch.autograd.Function):
+    """Sum of piece(hidden, targets) over pieces of at most `most` positions, for a head that is not trained.
+
+    The gradient of a sum is known as soon as a piece's logits are there, so it is made then, and they are made once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, piece: Callable[..., Tensor], most: int) -> Tensor:
+        values, grads = [], []
+        for part, wanted in zip(hidden.split(most), targets.split(most), strict=True):
+            with torch.enable_grad():
+                part = part.detach().requires_grad_()
+                value = piece(part, wanted)
+            grads += torch.autograd.grad(value, part)
+            values.append(value.detach())
+        ctx.save_for_backward(torch.cat(grads))
+        return torch.stack(values).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.saved_tensors[0] * grad, None, None, None
+
+
 def _in_cache(logits: Tensor) -> tuple[Tensor, ...]:
     """Logits [N, V] in views of some rows: on a CPU so few that several passes over them are made in its cache."""
     rows = len(logits) if logits.is_cuda else IN_CACHE // logits.shape[-1]
@@ -114,39 +138,56 @@ class Scoring:
         hidden = self.model.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state[:, :-1]
         targets = labels[:, 1:].to(hidden.device)
         supervised = targets != -100
-        scored = self._scored(hidden[supervised], targets[supervised], each and self.measures)
-        smooth = scored.pop("mean_log_probs")
         if each:
+            scored = self._each(hidden[supervised], targets[supervised])
             return Scored(
                 **{k: v.new_zeros(supervised.shape).masked_scatter(supervised, v) for k, v in scored.items()}
             )
-        log_probs = scored["log_probs"]
-        if self.label_smoothing and self.model.training:
-            log_probs = torch.lerp(log_probs, smooth, self.label_smoothing)
-        return Scored(loss=-log_probs.sum() / (supervised.sum().clamp(min=1) if count is None else count))
+        total = self._sum(hidden[supervised], targets[supervised])
+        return Scored(loss=-total / (supervised.sum().clamp(min=1) if count is None else count))
 
-    def _scored(self, hidden: Tensor, targets: Tensor, measured: bool) -> dict[str, Tensor]:
-        """Values [N] of `hidden` [N, H], in pieces where their logits would be too many."""
-        head = self.model.get_output_embeddings()
+    def _each(self, hidden: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Values [N] of `hidden` [N, H]."""
+        head, measured = self.model.get_output_embeddings(), self.measures
 
         def piece(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
             logits = self.transform(head(hidden))
-            seen = _measures(logits, targets) if measured else ()
-            return (*_LogProbs.apply(logits, targets), *seen)
+            seen = _measures(logits, targets) if measured else ()  # before the gradient is written over them
+            return (_LogProbs.apply(logits, targets)[0], *seen)
 
-        at_once = LOGITS_AT_ONCE["cuda" if hidden.is_cuda else "cpu"]
-        most = max(1, at_once // self.model.config.get_text_config().vocab_size)
-        if len(hidden) <= most:
-            parts = [piece(hidden, targets)]
-        else:
-            parts = [
-                checkpoint(piece, h, t, use_reentrant=False)
-                for h, t in zip(hidden.split(most), targets.split(most), strict=True)
-            ]
-        names = ("log_probs", "mean_log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+        names = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+        parts = self._in_pieces(piece, hidden, targets)
         return {
             name: torch.cat(values) for name, values in zip(names, zip(*parts, strict=True), strict=False)
         }
+
+    def _sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Sum of log-probabilities, smoothed in training."""
+        head = self.model.get_output_embeddings()
+        smoothing = self.label_smoothing if self.model.training else 0.0
+
+        def piece(hidden: Tensor, targets: Tensor) -> Tensor:
+            log_probs, mean = _LogProbs.apply(self.transform(head(hidden)), targets)
+            return (torch.lerp(log_probs, mean, smoothing) if smoothing else log_probs).sum()
+
+        is_frozen = not any(weight.requires_grad for weight in head.parameters())
+        if is_frozen and hidden.requires_grad and trial.is_possible():
+            return _SumOfPieces.apply(hidden, targets, piece, self._most(hidden))
+        return torch.stack(self._in_pieces(piece, hidden, targets)).sum()
+
+    def _most(self, hidden: Tensor) -> int:
+        """Positions whose logits may be in memory at once."""
+        at_once = LOGITS_AT_ONCE["cuda" if hidden.is_cuda else "cpu"]
+        return max(1, at_once // self.model.config.get_text_config().vocab_size)
+
+    def _in_pieces(self, piece: Callable[..., Any], hidden: Tensor, targets: Tensor) -> list[Any]:
+        most = self._most(hidden)
+        if len(hidden) <= most:
+            return [piece(hidden, targets)]
+        return [
+            checkpoint(piece, h, t, use_reentrant=False)
+            for h, t in zip(hidden.split(most), targets.split(most), strict=True)
+        ]
 
     def _check(self, input_ids: Tensor) -> None:
         """Compare with the model's own logits and loss; a model that knows better keeps its own. Raises UserError."""
