@@ -56,7 +56,14 @@ class Padding:
 
     def describe(self) -> str:
         """What to tell on the terminal before training."""
-        return f"padding: {self.why_not}" if self.why_not else "padding: none, rows run end to end"
+        if self.why_not:
+            return f"padding: {self.why_not}"
+        way = (
+            "FlashAttention"
+            if "flash" in self.implementation or self.layers.device.type == "cuda"
+            else "SDPA"
+        )
+        return f"padding: none, rows run end to end ({way} within each)"
 
     def outcome(self) -> str:
         """What to tell after it."""
