@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from stagecraft.errors import UserError
 from stagecraft.training import row_attention, trial
 from stagecraft.training.padding import Padding, Rows
 from stagecraft.training.scoring import Scoring
@@ -199,6 +200,14 @@ def test_a_model_with_a_loss_of_its_own_keeps_it(capsys: pytest.CaptureFixture[s
     scoring = Scoring(model)
     assert model(**batch()).loss.item() == pytest.approx(expected, rel=1e-6)
     assert scoring.why_not in capsys.readouterr().out and "loss: Qwen3ForCausalLM's own" in scoring.why_not
+
+
+def test_smoothing_is_refused_where_the_loss_is_the_models_own() -> None:
+    model = model_of("qwen3")
+    model.config.output_router_logits = True
+    assert Scoring(model).why_not and model.forward == Scoring(model).own_forward
+    with pytest.raises(UserError, match="--label_smoothing_factor: not for Qwen3ForCausalLM"):
+        Scoring(model, label_smoothing=0.1)
 
 
 def test_a_trial_leaves_nothing_behind() -> None:

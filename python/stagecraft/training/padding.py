@@ -32,7 +32,7 @@ class Padding:
         self.why_not = _reason_against(self.layers) if wanted else "batches are padded, as asked"
         self.real = self.padded = 0  # tokens of training batches, without and with padding
         self.is_checked = False
-        self.implementation = self.layers.config._attn_implementation
+        self.implementation = self.layers.config._attn_implementation or "eager"
         # With flash_attn transformers' own function takes rows end to end, by the same keywords.
         if not self.why_not and "flash" not in self.implementation:
             row_attention.register()

@@ -117,7 +117,8 @@ class Scoring:
         self.is_checked, self.why_not = False, ""
         self.measures = True  # with fused_lm_head, more than log-probabilities
         if model.get_output_embeddings() is None or getattr(config, "output_router_logits", False):
-            return  # no head to call, or a loss that knows more than the labels
+            self._keep_own_loss("which has more in it than the labels")
+            return
 
         @functools.wraps(self.own_forward)  # its signature is asked for
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -203,14 +204,14 @@ class Scoring:
         off = max(abs(loss / own.loss - 1).item(), ((logits - own.logits).norm() / own.logits.norm()).item())
         if off <= 0.02:  # half precision's rounding gives 0.005
             return
-        self.why_not = (
-            f"loss: {type(self.model).__name__}'s own, over every position (ours is off by {off:.1e})"
-        )
+        self._keep_own_loss(f"ours is off by {off:.1e}")
+
+    def _keep_own_loss(self, why: str) -> None:
+        name = type(self.model).__name__
+        self.why_not = f"loss: {name}'s own, over every position ({why})"
         print(self.why_not, flush=True)
         if self.label_smoothing:
-            raise UserError(
-                f"--label_smoothing_factor: not for {type(self.model).__name__}, which makes its own loss"
-            )
+            raise UserError(f"--label_smoothing_factor: not for {name}, which makes its own loss")
 
 
 @torch.no_grad()
