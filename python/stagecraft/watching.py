@@ -54,7 +54,7 @@ class Watch(TrainerCallback):
             return loss
 
         def watched_clip(*args: Any, **kwargs: Any) -> Any:
-            self.norm = clip(*args, **kwargs)
+            self.norm = self.fault.norm(trainer, clip(*args, **kwargs))
             return self.norm
 
         trainer.training_step = watched_step
@@ -187,7 +187,7 @@ def is_full_disk(error: BaseException, folder: Path) -> bool:
 
 class Fault:
     """A fault asked for by STAGECRAFT_FAULT, so that tests can see what becomes of it: oom@K[:B], evaloom@B, nan@K,
-    kill@K.
+    norm@K:B (for B steps), kill@K.
     """
 
     def __init__(self, kind: str = "", step: int = 0, batch: int = 2) -> None:
@@ -216,6 +216,11 @@ class Fault:
         if self.kind == "nan" and trainer.state.global_step + 1 == self.step:
             return loss * float("nan")
         return loss
+
+    def norm(self, trainer: Trainer, norm: Any) -> Any:
+        """The gradient norm of a step as the fault has it."""
+        is_its_step = 0 <= trainer.state.global_step + 1 - self.step < self.batch
+        return torch.tensor(float("inf")) if self.kind == "norm" and is_its_step else norm
 
     def after(self, step: int) -> None:
         """Called at the end of a step."""

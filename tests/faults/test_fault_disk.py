@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 import running
 from running import MERGE, SFT, complete, losses, weights
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 import running
 from running import SFT, Ended, complete, losses, rows, weights
 

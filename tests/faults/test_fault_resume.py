@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 import running
 from running import PT, SAVE, SFT, STEPS, Ended, complete, losses, manifest, weights
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 import running
 from running import SFT, Ended, complete, manifest, rows, weights
 

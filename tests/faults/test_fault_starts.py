@@ -1,10 +1,11 @@
-"""Two starts at once, and a loss that is no number."""
+"""Two starts at once, and losses and gradients that are no numbers."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+
 import running
 from running import PT, SFT, complete, losses, rows, weights
 
@@ -43,6 +44,22 @@ def test_two_recipes_run_side_by_side(sft: list[object], straight: Path, tmp_pat
 def test_a_lock_of_a_killed_process_holds_nobody_up(killed: Path) -> None:
     """Every test of a resume shows it; here, that the file it leaves is there to be misread."""
     assert (killed / ".lock").read_text().startswith("process ")
+
+
+def test_gradients_that_are_no_numbers_for_five_steps_stop_the_run(
+    sft: list[object], straight: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    done = running.run(SFT, folder, sft, STAGECRAFT_FAULT="norm@4:5")
+    assert done.status == 1 and "Traceback" not in done.said, done
+    at = next(i for i, line in enumerate(done.lines) if "step 8" in line)
+    assert (
+        "the gradient norm has been for 5 steps not a finite number; checkpoint-6 is kept" in done.lines[at]
+    )
+    assert len(done.lines[at + 1 :]) == 8, done  # the step's rows
+    few = running.run(SFT, tmp_path / "few", sft, STAGECRAFT_FAULT="norm@4:4")
+    assert few.status == 0, few
+    assert weights(tmp_path / "few") == weights(straight)  # the norm was told wrong, the gradients were not
 
 
 @pytest.mark.parametrize("script", [SFT, PT])
