@@ -213,7 +213,8 @@ def ordered_map(
             "use fewer: --preprocessing_num_workers 1"
         ) from None
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        # Waiting costs a piece's time; without it Python 3.11 may use a pipe at its end that the pool closes meanwhile.
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _alone() -> None:
