@@ -12,52 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from short_runs import EIGHT, FLAGS, FULL, neighbours, noticed_neighbours, pieces, words, write
 
 from running import kill_what_is_left, rows, run
 
 SFT, PT = "supervised_finetuning.py", "pretraining.py"
-WORDS = [
-    "水",
-    "药",
-    "医院",
-    "休息",
-    "发烧三天",
-    "fever",
-    "a cough that lasts",
-    "see a doctor",
-    "drink",
-    "rest",
-]
-QUIET = [
-    "--bf16",
-    "false",
-    "--gradient_checkpointing",
-    "false",
-    "--save_strategy",
-    "no",
-    "--report_to",
-    "none",
-]
-STEPS = ["--learning_rate", "1e-3", "--logging_steps", 1, "--max_steps", 4, "--lora_dropout", 0]
 
 
 def talk(n: int) -> dict[str, Any]:
     """A row; lengths differ by a factor of ten."""
-    words = [WORDS[(n * 7 + i * (n % 5 + 1)) % len(WORDS)] for i in range(2 + (n * n) % 23)]
+    said = words(n)
     return {
         "messages": [
-            {"role": "user", "content": f"{words[0]} {n}?"},
-            {"role": "assistant", "content": " ".join(words)},
+            {"role": "user", "content": f"{said[0]} {n}?"},
+            {"role": "assistant", "content": " ".join(said)},
         ]
     }
-
-
-def write(path: Path, values: list[dict[str, Any]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values), encoding="utf-8"
-    )
-    return path
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -99,7 +69,7 @@ def trained(
             folder = tmp_path_factory.mktemp("run") / "out"
             held = ["--validation_file_dir", data / ("pt" if script == PT else "held")]
             where = ["--model_name_or_path", tiny_base, "--train_file_dir", data / source]
-            words = [*where, *(held if script == SFT else []), *STEPS, *QUIET, *flags]
+            words = [*where, *(held if script == SFT else []), *FLAGS, *flags]
             ended = run(script, folder, words, patch=patch, **variables)
             assert ended.status == 0, ended
             made[key] = [(row["loss"], row["grad_norm"]) for row in rows(folder)]
@@ -109,8 +79,6 @@ def trained(
     return train
 
 
-EIGHT = ("--per_device_train_batch_size", 8)
-FULL = ("--use_peft", "false")
 BLOCKS = ("--block_size", 48, "--validation_split_percentage", 5)
 
 
@@ -227,12 +195,6 @@ def test_control_another_seed(trained: Callable[..., Any]) -> None:
 # ---- Changes to the kit, made in the run's own process
 
 
-def pieces() -> None:
-    from stagecraft.training import scoring
-
-    scoring.LOGITS_AT_ONCE["cpu"] = 4000  # eight positions of 500 words
-
-
 def transformers_smoothing() -> None:
     from stagecraft.training import language
 
@@ -256,24 +218,6 @@ def mean_of_means() -> None:
         return model(**inputs).loss / self.args.gradient_accumulation_steps
 
     LanguageTrainer.compute_loss = compute_loss
-
-
-def noticed_neighbours() -> None:
-    from stagecraft.training import padding
-
-    class Joined(padding.Rows):
-        def __init__(self, mask: Any) -> None:
-            super().__init__(mask)
-            self.starts, self.longest = self.starts[[0, -1]], self.tokens
-
-    padding.Rows = Joined
-
-
-def neighbours() -> None:
-    from stagecraft.training import padding
-
-    noticed_neighbours()
-    padding.Padding._check = lambda self, *args: setattr(self, "is_checked", True)
 
 
 def trained_prompts() -> None:

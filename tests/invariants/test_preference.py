@@ -2,50 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from short_runs import EIGHT, FLAGS, FULL, neighbours, pieces, words, write
 
 from running import kill_what_is_left, rows, run
 
 DPO, RM = "dpo_training.py", "reward_modeling.py"
-WORDS = [
-    "水",
-    "药",
-    "医院",
-    "休息",
-    "发烧三天",
-    "fever",
-    "a cough that lasts",
-    "see a doctor",
-    "drink",
-    "rest",
-]
-FLAGS = [
-    "--bf16",
-    "false",
-    "--gradient_checkpointing",
-    "false",
-    "--save_strategy",
-    "no",
-    "--report_to",
-    "none",
-]
-FLAGS += ["--learning_rate", "1e-3", "--logging_steps", 1, "--max_steps", 4, "--lora_dropout", 0]
-EIGHT = ("--per_device_train_batch_size", 8)
-FULL = ("--use_peft", "false")
 LIVE = ("--precompute_ref_log_probs", "false")
 
 
 def pair(n: int) -> dict[str, Any]:
     """A preference; lengths differ by a factor of ten."""
-    words = [WORDS[(n * 7 + i * (n % 5 + 1)) % len(WORDS)] for i in range(2 + (n * n) % 23)]
-    chosen, rejected = " ".join(words), " ".join(words[::-1][: 1 + n % 9])
-    return {"prompt": f"{words[0]} {n}?", "chosen": chosen, "rejected": f"{rejected} {n}"}
+    said = words(n)
+    chosen, rejected = " ".join(said), " ".join(said[::-1][: 1 + n % 9])
+    return {"prompt": f"{said[0]} {n}?", "chosen": chosen, "rejected": f"{rejected} {n}"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,9 +33,7 @@ def nothing_left() -> Any:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     for name, some in (("train", range(48)), ("held", range(48, 56))):
-        (folder / name).mkdir()
-        lines = [json.dumps(pair(n), ensure_ascii=False) + "\n" for n in some]
-        (folder / name / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+        write(folder / name / "rows.jsonl", [pair(n) for n in some])
     return folder
 
 
@@ -169,12 +142,6 @@ def test_control_answers_without_their_first_token(trained: Callable[..., Any]) 
 # ---- Changes to the kit, made in the run's own process
 
 
-def pieces() -> None:
-    from stagecraft.training import scoring
-
-    scoring.LOGITS_AT_ONCE["cpu"] = 4000  # eight positions of 500 words
-
-
 def separate_reference(noise: float = 0.0) -> None:
     import torch
     from transformers import AutoModelForCausalLM
@@ -195,18 +162,6 @@ def separate_reference(noise: float = 0.0) -> None:
 
 def other_reference() -> None:
     separate_reference(noise=0.1)
-
-
-def neighbours() -> None:
-    from stagecraft.training import padding
-
-    class Joined(padding.Rows):
-        def __init__(self, mask: Any) -> None:
-            super().__init__(mask)
-            self.starts, self.longest = self.starts[[0, -1]], self.tokens
-
-    padding.Rows = Joined
-    padding.Padding._check = lambda self, *args: setattr(self, "is_checked", True)
 
 
 def later_answers() -> None:
