@@ -556,8 +556,12 @@ def test_the_flag_changes_the_run(knob: Knob, runs: Runs) -> None:
         assert getattr(plain, name) != getattr(other, name), name
     for name in knob.same.split():
         assert getattr(plain, name) == getattr(other, name), name
-    if knob.less_memory:  # KiB; the activations of this batch are 70 MB
-        assert other.peak < plain.peak - 20_000
+    if (
+        knob.less_memory
+    ):  # KiB; one of two layers' activations is 35 MB, and a peak is up to 20 MB higher by chance
+        words = f"{knob.beside} --{knob.flag} {knob.value}"
+        peaks = [[runs.run(knob.stage, w, again=True).peak for _ in range(4)] for w in (words, knob.beside)]
+        assert min(peaks[0]) < min(peaks[1]) - 5_000, peaks
 
 
 @pytest.mark.parametrize("stage", ALL)
