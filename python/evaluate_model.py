@@ -16,9 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stagecraft import generation, metrics, models, report, run
+from stagecraft import generation, models, run
 from stagecraft.arguments import DTYPES, parse
 from stagecraft.errors import UserError, run_main
+from stagecraft.evaluation import metrics, report
+from stagecraft.evaluation.results import Metric
+from stagecraft.evaluation.sets import EvalSets, read_eval_sets
 
 REWARD = "rm"  # the reward model's column
 NAME = re.compile(r"[\w.+-]+")
@@ -50,7 +53,7 @@ def main() -> None:
         (folder / "DONE").unlink(missing_ok=True)  # it spoke of the report that is replaced below
         for name in sets.missing:
             print(f"skipped: {Path(args.eval_dir) / name}.jsonl is not there")
-        results: list[metrics.Metric] = []
+        results: list[Metric] = []
         tokens: dict[str, int] = {}
         replies: dict[str, list[str]] = {}
         for name, path in named:
@@ -77,11 +80,11 @@ def main() -> None:
 
 
 def evaluate(
-    name: str, path: str, sets: metrics.EvalSets, args: EvaluationArguments
-) -> tuple[list[metrics.Metric], list[str], int]:
+    name: str, path: str, sets: EvalSets, args: EvaluationArguments
+) -> tuple[list[Metric], list[str], int]:
     """(metrics, replies to the fixed questions, tokens of the documents) of one model."""
     model, tokenizer = generation.load(models.load_causal, path, args.torch_dtype, f"--models {name}")
-    results: list[metrics.Metric] = []
+    results: list[Metric] = []
     tokens = 0
     if sets.documents:
         with step(name, "perplexity", len(sets.documents)) as progress:
@@ -107,7 +110,7 @@ def evaluate(
     return results, replies, tokens
 
 
-def evaluate_reward(path: str, sets: metrics.EvalSets, args: EvaluationArguments) -> metrics.Metric:
+def evaluate_reward(path: str, sets: EvalSets, args: EvaluationArguments) -> Metric:
     """How often the reward model scores the chosen answer higher."""
     model, tokenizer = generation.load(models.load_reward, path, args.torch_dtype, "--reward_model")
     with step(REWARD, "reward_accuracy", 2 * len(sets.preferences)) as progress:
@@ -117,10 +120,10 @@ def evaluate_reward(path: str, sets: metrics.EvalSets, args: EvaluationArguments
     return metrics.pair_accuracy("reward_accuracy", REWARD, scored)
 
 
-def check(args: EvaluationArguments) -> tuple[list[tuple[str, str]], metrics.EvalSets]:
+def check(args: EvaluationArguments) -> tuple[list[tuple[str, str]], EvalSets]:
     """[(name, folder)] of the models and the evaluation rows. Raises UserError listing every fault at once."""
     faults: list[str] = []
-    folder, sets = Path(args.output_dir), metrics.EvalSets()
+    folder, sets = Path(args.output_dir), EvalSets()
     for flag in ("max_new_tokens", "batch_size", "max_eval_samples"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             faults.append(f"--{flag} must be at least 1, not {getattr(args, flag)}")
@@ -141,7 +144,7 @@ def check(args: EvaluationArguments) -> tuple[list[tuple[str, str]], metrics.Eva
     if args.reward_model:
         collect(faults, generation.require_usable, args.reward_model, "--reward_model", True)
     at_most = args.max_eval_samples if (args.max_eval_samples or 0) > 0 else None
-    sets = collect(faults, metrics.read_eval_sets, args.eval_dir, at_most, args.seed) or sets
+    sets = collect(faults, read_eval_sets, args.eval_dir, at_most, args.seed) or sets
     if args.reward_model and "preferences" in sets.missing:
         faults.append(f"--reward_model needs {Path(args.eval_dir) / 'preferences.jsonl'}, which is not there")
     if folder.exists() and not folder.is_dir():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stagecraft import metrics, models
+from stagecraft import models
 from stagecraft.arguments import (
     ON_BAD_ROWS,
     ON_LONG_ROWS,
@@ -21,6 +21,7 @@ from stagecraft.arguments import (
 from stagecraft.chat import templates
 from stagecraft.data import corpus, rows
 from stagecraft.errors import UserError
+from stagecraft.evaluation.sets import read_eval_sets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -193,7 +194,7 @@ def load(data: DataArguments, stage: str, tokenizer: PreTrainedTokenizerBase) ->
 
 def check_eval(path: str) -> Finding:
     """The rows of an evaluation folder, which are read by set."""
-    sets = metrics.read_eval_sets(path)
+    sets = read_eval_sets(path)
     found = [sets.documents, sets.answers, sets.choices, sets.preferences, sets.questions]
     total = sum(map(len, found))
     return Finding(path, "eval", sum(map(bool, found)), total, total)

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from stagecraft import report
-from stagecraft.metrics import Metric
+from stagecraft.evaluation import report
+from stagecraft.evaluation.results import Metric
 
 MODELS = ["base", "sft", "基座模型"]
 

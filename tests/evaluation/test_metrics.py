@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from stagecraft import generation, metrics
+from stagecraft import generation
 from stagecraft.data.rows import Document, Preference
 from stagecraft.errors import UserError
+from stagecraft.evaluation import metrics
+from stagecraft.evaluation.sets import Choice, Question, read_eval_sets
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TEXT = (
     "rest at home, drink water, see a doctor when fever lasts. 发烧时多喝水，注意休息。高烧三天不退要去医院。"
 )
@@ -205,7 +207,7 @@ def test_document_losses_equal_the_definition_and_windows_score_every_token_once
 def test_choices_and_preferences_go_to_the_likelier_reply(model, tokenizer):
     scores = generation.reply_logprobs(model, tokenizer, [(PROMPTS[0], reply) for reply in REPLIES])
     best = scores.index(max(scores))
-    choices = [metrics.Choice(PROMPTS[0], REPLIES, right, "fact", "c:1") for right in range(4)]
+    choices = [Choice(PROMPTS[0], REPLIES, right, "fact", "c:1") for right in range(4)]
     [result] = metrics.choice_accuracy("m", choices, metrics.score_choices(model, tokenizer, choices))
     assert (result.value, result.n, result.chance, result.split) == (0.25, 4, 0.25, "fact")
     worst = scores.index(min(scores))
@@ -274,7 +276,7 @@ def test_contains(reply, answer, right):
 
 
 def test_answer_accuracy_by_split():
-    rows = [metrics.Question(PROMPTS[0], "x", split, "a:1") for split in ("fact", "phrasing", "fact", None)]
+    rows = [Question(PROMPTS[0], "x", split, "a:1") for split in ("fact", "phrasing", "fact", None)]
     results = metrics.answer_accuracy("m", rows, [("x", True), ("", False), ("", False), ("x", True)])
     assert [(m.split, m.value, m.n, m.chance) for m in results] == [
         ("fact", 0.5, 2, None),
@@ -301,11 +303,11 @@ def test_eval_sets_are_read_and_sampled_by_seed(tmp_path):
         *[{"split": "fact", "question": f"q{i}", "answer": "a", "system": "s"} for i in range(9)],
     )
     write_rows(tmp_path / "questions.jsonl", *[{"question": f"q{i}"} for i in range(8)])
-    sets = metrics.read_eval_sets(str(tmp_path), at_most=4, seed=7)
+    sets = read_eval_sets(str(tmp_path), at_most=4, seed=7)
     assert sets.missing == ["documents", "choices", "preferences"]
     assert len(sets.answers) == 4 and len(sets.questions) == 8
-    assert sets.answers == metrics.read_eval_sets(str(tmp_path), at_most=4, seed=7).answers
-    assert sets.answers != metrics.read_eval_sets(str(tmp_path), at_most=4, seed=8).answers
+    assert sets.answers == read_eval_sets(str(tmp_path), at_most=4, seed=7).answers
+    assert sets.answers != read_eval_sets(str(tmp_path), at_most=4, seed=8).answers
     assert sets.answers[0].prompt[0] == {"role": "system", "content": "s"}
 
 
@@ -316,7 +318,7 @@ def test_every_bad_row_of_every_file_is_told(tmp_path):
     write_rows(tmp_path / "choices.jsonl", {"question": "q", "answer": "a", "options": ["b", "c"]})
     write_rows(tmp_path / "questions.jsonl", {"text": "q"})
     with pytest.raises(UserError) as error:
-        metrics.read_eval_sets(str(tmp_path))
+        read_eval_sets(str(tmp_path))
     lines = str(error.value).splitlines()
     assert [line.split(": ")[0].rpartition("/")[2] for line in lines] == [
         "answers.jsonl:2",

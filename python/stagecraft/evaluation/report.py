@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stagecraft.metrics import Metric
+from stagecraft.evaluation.results import Metric
 
 WIDTH = 110
 GAP = "  "
