@@ -55,7 +55,7 @@ def main() -> None:
             reference_free=reference.reference_free,
         )
         stage.train(trainer, preferences)
-        tokenizer.chat_template = template.saved_text
+        tokenizer.chat_template = template.as_trained(preferences.thoughts)
         stage.finish(trainer, tokenizer, models.end_of_turn_ids(tokenizer, template.end_of_turn))
 
 

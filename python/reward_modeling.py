@@ -42,7 +42,7 @@ def main() -> None:
             padding_free=model_args.padding_free,
         )
         stage.train(trainer, preferences)
-        tokenizer.chat_template = template.saved_text
+        tokenizer.chat_template = template.as_trained(preferences.thoughts)
         stage.finish(trainer, tokenizer, end_ids=None)
 
 

@@ -34,7 +34,7 @@ def main() -> None:
         model = models.add_adapter(model, adapter, args)
         trainer = LanguageTrainer(model, args, conversations, tokenizer, model_args.padding_free)
         stage.train(trainer, conversations)
-        tokenizer.chat_template = template.saved_text
+        tokenizer.chat_template = template.as_trained(conversations.thoughts)
         stage.finish(trainer, tokenizer, models.end_of_turn_ids(tokenizer, template.end_of_turn))
 
 

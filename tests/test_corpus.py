@@ -152,6 +152,18 @@ def test_the_counts_of_an_example(write_jsonl, tokenizer, template):
     assert all(file["bytes"] and len(file["sha256"]) == 64 for file in loaded.files)
 
 
+def test_answers_with_a_thought_are_counted(write_jsonl, tokenizer, template):
+    rows = [talk("q1", "<think>\nt\n</think>\n\na"), talk("q2", "<think>\n\n</think>\n\na"), talk("q3", "a")]
+    path = write_jsonl("rows.jsonl", rows)
+    assert corpus.load_conversations(sft(path), tokenizer, template).thoughts == 1
+    pairs = [
+        {"question": q, "response_chosen": a, "response_rejected": "b"} for q, a in (("q1", "a"), ("q2", "c"))
+    ]
+    path = write_jsonl("pairs.jsonl", pairs)
+    data = PreferenceDataArguments(train_file_dir=str(path), validation_split_percentage=0)
+    assert corpus.load_preferences(data, tokenizer, template, "dpo").thoughts == 0  # control
+
+
 def test_nothing_left_to_train_on_is_told_with_the_reasons(write_jsonl, tokenizer, template):
     rows = [talk(f"q{i} " + "long " * 100, "a") for i in range(3)]
     path = write_jsonl("rows.jsonl", [*rows, rows[0]])

@@ -157,6 +157,28 @@ def test_thinking_is_asked_for_or_not(template, tokenizer):
 
 
 @pytest.mark.parametrize("answer", ["a", NOTHING + "a", thinking("t", "a")], ids=["none", "empty", "thought"])
+def test_the_saved_template_asks_as_it_was_trained(name, template, tokenizer, answer):
+    """Whoever asks the model, with no flag: the prompt is what stood before the answers in training."""
+    row = turns("q1", "a1", "q2", answer)
+    [encoded] = encode(template, tokenizer, [row])
+    asked = {}
+    for thoughts in (0, int(templates.has_thought(answer))):
+        tokenizer.chat_template = template.as_trained(thoughts)
+        again = load_template(tokenizer, None)
+        assert (again.name, again.text) == (template.name, template.text)  # the next stage knows it again
+        asked[thoughts] = tokenizer.apply_chat_template(row[:-1], add_generation_prompt=True)["input_ids"]
+        assert tokenizer.apply_chat_template(row, tokenize=False) == render(template.text, row, tokenizer)
+    assert asked[thoughts] == encoded.input_ids[: encoded.spans[-1][0]]
+    assert (asked[0] == asked[thoughts]) == (name != "qwen3" or not templates.has_thought(answer))  # control
+    wanted = tokenizer.apply_chat_template(
+        row[:-1], add_generation_prompt=True, tokenize=False, enable_thinking=True
+    )
+    assert wanted == render(
+        template.text, row[:-1], tokenizer, prompt=True
+    )  # who asks for a thought gets one
+
+
+@pytest.mark.parametrize("answer", ["a", NOTHING + "a", thinking("t", "a")], ids=["none", "empty", "thought"])
 def test_which_prompt_stands_before_an_answer_is_known(name, template, tokenizer, answer):
     for row in (turns("q", answer), turns("q", "a1", "q2", answer, system="s")):
         [encoded] = encode(template, tokenizer, [row])

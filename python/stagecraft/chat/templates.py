@@ -29,10 +29,12 @@ from stagecraft.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ChatTemplate", "Encoded", "TemplateFault", "encode", "load_template", "render"]
+__all__ = ["ChatTemplate", "Encoded", "TemplateFault", "encode", "has_thought", "load_template", "render"]
 
 FOLDER = Path(__file__).resolve().parents[3] / "templates"
 _MARK = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
+# Before a template: a thought has to be asked for. "is defined" leaves the word to whoever says enable_thinking.
+_UNASKED = "{% set enable_thinking = enable_thinking is defined and enable_thinking %}"
 _STAND_IN = "\ufdd1{}\ufdd2"  # like the mark: code points that no text needs
 
 
@@ -54,14 +56,22 @@ class ChatTemplate:
         """The template as it is saved with a model: the same rendering, no marks."""
         return _MARK.sub("", self.text)
 
+    def as_trained(self, thoughts: int) -> str:
+        """The template to save with a model that was trained on so many answers with a thought.
+
+        Without any, one that deals in thoughts asks for none unless it is told to: the prompt is then what stood before
+        the answers in training, wherever the model is asked.
+        """
+        asks = "enable_thinking" in self.text and not thoughts
+        return (_UNASKED if asks else "") + self.saved_text
+
     def thinking_for(self, answer: str) -> bool | None:
         """The `thinking` with which a prompt is what stands before this answer in training.
 
         False for an answer without a thought where the template deals in thoughts (Qwen3 puts an empty one before
         it), else None.
         """
-        thought = answer.partition("</think>")[0].rpartition("<think>")[2] if "</think>" in answer else ""
-        return False if self.drops_thinking and not thought.strip() else None
+        return False if self.drops_thinking and not has_thought(answer) else None
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,11 @@ class Encoded:
         for start, end in self.spans:
             labels[start:end] = self.input_ids[start:end]
         return labels
+
+
+def has_thought(answer: str) -> bool:
+    """Whether an answer holds a <think> block that is not empty."""
+    return "</think>" in answer and bool(answer.partition("</think>")[0].rpartition("<think>")[2].strip())
 
 
 def load_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> ChatTemplate:
@@ -219,6 +234,7 @@ def _own_template(tokenizer: PreTrainedTokenizerBase, known: dict[str, Path]) ->
     if isinstance(own, dict):
         own = own.get("default")
     names = f"name one with --template_name ({', '.join(known)})"
+    own = own and own.removeprefix(_UNASKED)  # what a stage trains on decides that again
     if not own:
         raise UserError(f"{tokenizer.name_or_path} has no chat template; {names}")
     if _MARK.search(own):

@@ -19,7 +19,7 @@ from stagecraft.arguments import (
     SFTDataArguments,
 )
 from stagecraft.chat import templates
-from stagecraft.data import corpus, rows
+from stagecraft.data import corpus, intake, rows
 from stagecraft.errors import UserError
 from stagecraft.evaluation.sets import read_eval_sets
 
@@ -60,6 +60,7 @@ TOTALS = (
     "validation documents",
     "tokens an epoch",
     "supervised",
+    intake.THOUGHTS,
 )
 
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-VERSION = 2  # raise it when this code, rows.py or templates.py makes other tokens from the same files
+VERSION = 3  # raise it when this code, rows.py or templates.py makes other tokens from the same files
 CACHE = Path(".cache/tokenised")
 TRAIN, VALID = 1, 2  # the parts of a choice of rows
 PARTS = {TRAIN: "training", VALID: "validation"}
@@ -56,6 +56,11 @@ class Corpus:
     lengths: dict[str, int] = field(default_factory=dict)  # tokens of a training row: p50, p95, max
     skipped: list[str] = field(default_factory=list)  # places and reasons of bad rows left out as asked
     note: str = ""  # how validation rows were chosen
+
+    @property
+    def thoughts(self) -> int:
+        """Answers that hold a thought, of both parts: what ChatTemplate.as_trained() wants to know."""
+        return self.counts.get(intake.THOUGHTS, 0)
 
     def describe(self) -> str:
         """What to tell on the terminal: how it was split, and what became of the rows."""
@@ -97,11 +102,16 @@ def load_conversations(
     def encode(conversations: list[Conversation]) -> list[Item]:
         talks, tools = [c.messages for c in conversations], [c.tools for c in conversations]
         encoded = templates.encode(template, tokenizer, talks, tools)
-        return [
+        items = [
             {"input_ids": row.input_ids, "spans": row.spans}
             if len(row.input_ids) <= data.model_max_length
             else _shorten_conversation(data, tokenizer, template, row, conversation)
             for row, conversation in zip(encoded, conversations, strict=True)
+        ]
+        answers = [conversation.messages[-1]["content"] for conversation in conversations]
+        return [
+            item | {"thought": templates.has_thought(answer)}
+            for item, answer in zip(items, answers, strict=True)
         ]
 
     return _load(data, "sft", tokenizer, template, encode)
@@ -140,7 +150,11 @@ def load_preferences(
     """
 
     def encode(preferences: list[Preference]) -> list[Item]:
-        return [_encode_preference(data, tokenizer, template, kind, row) for row in preferences]
+        return [
+            _encode_preference(data, tokenizer, template, kind, row)
+            | {"thought": templates.has_thought(row.chosen)}
+            for row in preferences
+        ]
 
     return _load(data, kind, tokenizer, template, encode)
 

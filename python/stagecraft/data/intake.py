@@ -30,8 +30,9 @@ from stagecraft.errors import UserError
 from stagecraft.processes import die_with_parent
 
 PIECE = 500  # rows of a piece that one process reads and another works on
+THOUGHTS = "answers with a thought"  # the name of a count
 KEPT_FAULTS = 1000  # faults kept word for word; all are counted
-Item = dict[str, Any]  # column -> token ids; "spans" -> labels; "dropped" or "noted" -> what is counted
+Item = dict[str, Any]  # column -> token ids; "spans" -> labels; "dropped", "noted", "thought" -> counts
 EncodeRows = Callable[[list[Row]], list[Item]]
 
 
@@ -99,6 +100,7 @@ class Batch:
             return
         counts["rows"] += 1
         counts["tokens"] += sum(map(len, ids.values()))
+        counts[THOUGHTS] += item.get("thought", False)
         if "spans" in item:
             tokens = ids["input_ids"]
             ids["labels"] = array("i", [-100]) * len(tokens)
