@@ -12,7 +12,7 @@ from stagecraft import generation
 from stagecraft.data.rows import Document, Preference
 from stagecraft.errors import UserError
 from stagecraft.evaluation import metrics
-from stagecraft.evaluation.sets import Choice, Question, read_eval_sets
+from stagecraft.evaluation.sets import Choice, read_eval_sets
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (
