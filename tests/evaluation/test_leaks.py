@@ -186,7 +186,7 @@ def test_rows_of_training_that_can_not_be_read_are_passed_over(tmp_path):
     )
     [leak] = leaks.find(sets(), {"pt": str(tmp_path)})
     assert leak.source.endswith(":4")
-    assert leaks.find(EvalSets(), {"pt": str(tmp_path)}) == []
+    assert leaks.find(EvalSets(), {"pt": str(tmp_path)}) == [] and leaks.find(sets(), {}) == []
 
 
 def test_every_folder_that_is_wrong_is_told(tmp_path):

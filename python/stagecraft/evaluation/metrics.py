@@ -152,12 +152,10 @@ def _views(
 
 
 def _perplexity(model: str, scores: Scores) -> Iterator[View]:
-    import numpy as np
-
     if scores.documents:
         _require_finite(model, "perplexity", _nats(scores.documents))
         rows = [(row.nats, row.tokens) for row in scores.documents]
-        yield View("perplexity", _array(rows), lambda sums: np.exp(-_ratio(sums)))
+        yield View("perplexity", _array(rows), _exp_of_loss)
 
 
 def _bits_per_byte(model: str, scores: Scores, sets: EvalSets) -> Iterator[View]:
@@ -254,9 +252,10 @@ def _speed(scores: Scores) -> Iterator[View]:
 
 
 def _metric(model: str, view: View, seed: int) -> Metric:
-    numbers = (view.value, *view.interval(seed))
-    _require_finite(model, view.metric, numbers)
-    value, low, high = numbers
+    value = view.value
+    _require_finite(model, view.metric, [value])
+    low, high = view.interval(seed)
+    _require_finite(model, view.metric, [low, high])
     return Metric(view.metric, view.split, model, value, len(view.rows), low, high, view.chance)
 
 
@@ -322,6 +321,13 @@ def _mean(metric: str, values: Iterable[float], against: float | None = None) ->
 
 def _ratio(sums: np.ndarray) -> np.ndarray:
     return sums[:, 0] / sums[:, 1]
+
+
+def _exp_of_loss(sums: np.ndarray) -> np.ndarray:
+    import numpy as np
+
+    with np.errstate(over="ignore"):  # infinity is refused where the metric is made
+        return np.exp(-_ratio(sums))
 
 
 def _array(rows: Any) -> np.ndarray:
