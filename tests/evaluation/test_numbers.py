@@ -158,6 +158,12 @@ def test_a_perplexity_beyond_all_numbers_is_refused_too():
         metrics.measured("m", scores, SETS)
 
 
+def test_a_batch_too_fast_for_the_clock_is_no_speed():
+    [one] = metrics.measured("m", Scores(batches=[(5, 0.0), (30, 1.5)]), SETS)
+    assert (one.value, one.n) == (20.0, 1)
+    assert metrics.measured("m", Scores(batches=[(5, 0.0)]), SETS) == []
+
+
 def test_reward_accuracy():
     one = metrics.reward_accuracy("rm", [(1.0, 1.0), (2.0, 1.0)])
     assert (one.metric, one.model, one.value, one.n, one.chance) == ("reward_accuracy", "rm", 0.5, 2, 0.5)
