@@ -152,15 +152,15 @@ def test_files_of_every_kind_have_their_places(tmp_path):
 
 
 def test_processes_find_what_one_finds(tmp_path):
-    filler = [{"text": f"row {i} " + "注意休息，多喝温水。" * 60} for i in range(6000)]
-    filler[3000]["text"] = TEXT
-    filler[5999]["text"] = f"asked: {LONG}"
+    filler = [{"text": f"row {i} " + "注意休息，多喝温水。" * 60} for i in range(2600)]
+    filler[1300]["text"] = TEXT
+    filler[2599]["text"] = f"asked: {LONG}"
     folder = write(tmp_path, *filler)
-    assert leaks.weigh({"pt": folder}) > 8 << 20
+    assert leaks.weigh({"pt": folder}) > 4 << 20
     found = leaks.find(sets(), {"pt": folder}, workers=2)
     assert [(leak.name, leak.source.rpartition(":")[2]) for leak in found] == [
-        ("documents", "3001"),
-        ("answers", "6000"),
+        ("documents", "1301"),
+        ("answers", "2600"),
     ]
     assert found == leaks.find(sets(), {"pt": folder}, workers=1)
 
