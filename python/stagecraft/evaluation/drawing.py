@@ -19,7 +19,7 @@ STYLES = ("first", "second")  # of the lines of a chart
 def line_chart(chart: Chart) -> str:
     """The chart as a figure: caption, legend with the last values, SVG with axes."""
     every = [point for points in chart.lines.values() for point in points]
-    x_ticks = ticks(min(p[0] for p in every), max(p[0] for p in every), 4, whole=True)
+    x_ticks = ticks(min(p[0] for p in every), max(p[0] for p in every), 5, whole=True)
     bottom, top = _range([p[1] for p in every], chart.title)
     y_ticks = ticks(bottom, top, 5)
     x_range = (min(p[0] for p in every), max(max(p[0] for p in every), min(p[0] for p in every) + 1))
@@ -74,8 +74,9 @@ def _grid(
     digits = max((_places(tick) for tick in y_ticks), default=0)
     for tick in y_ticks:
         y = _at((0, tick), x_range, y_range)[1]
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:,.{digits}f}</text>')
+        base = " base" if tick == y_ticks[0] else ""
+        parts.append(f'<line class="grid{base}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_signed(tick, digits)}</text>')
     for tick in x_ticks:
         x = _at((tick, 0), x_range, y_range)[0]
         last = tick == x_ticks[-1] and x > WIDTH - RIGHT - 20
@@ -112,14 +113,19 @@ def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
     if whole:
         step = max(1.0, float(math.ceil(step)))
-    first = math.ceil(low / step - 1e-9) if whole else math.floor(low / step + 1e-9)
-    last = math.floor(high / step + 1e-9) if whole else math.ceil(high / step - 1e-9)
+    # A value just over a round number needs no further tick: it stands a pixel outside.
+    first = math.ceil(low / step - 1e-9) if whole else math.floor(low / step + 0.02)
+    last = math.floor(high / step + 1e-9) if whole else math.ceil(high / step - 0.02)
     return [i * step for i in range(first, last + 1)] or [low]
 
 
 def _places(value: float) -> int:
     """Digits behind the point that a tick needs."""
     return next((d for d in range(7) if math.isclose(round(value, d), value, abs_tol=1e-9)), 7)
+
+
+def _signed(tick: float, digits: int) -> str:
+    return f"{tick:,.{digits}f}".replace("-", "−")
 
 
 def _short(step: float) -> str:
@@ -131,7 +137,8 @@ def _short(step: float) -> str:
 
 
 def _value(value: float) -> str:
-    return f"{value:,.3g}" if 0.001 <= abs(value) < 1000 else f"{value:,.3g}".replace("e-0", "e-")
+    """Three figures: 0.278, 7.61, 1.00."""
+    return f"{value:#,.3g}".rstrip(".").replace("-", "−")
 
 
 def histograms(values: dict[str, Sequence[float]], digits: int) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from stagecraft.evaluation import curves, differences, drawing
-from stagecraft.evaluation.markdown import ADVICE, difference, flat, visible
+from stagecraft.evaluation.markdown import ADVICE, NOTHING, difference, flat, visible
 from stagecraft.evaluation.results import Comparison, Metric, Outcome
 from stagecraft.evaluation.verdicts import (
     CAUTION,
@@ -19,6 +19,7 @@ from stagecraft.evaluation.verdicts import (
     columns,
     measure,
     number,
+    signed,
     stages,
     title,
 )
@@ -26,8 +27,14 @@ from stagecraft.evaluation.verdicts import (
 STYLE = Path(__file__).with_name("page.css")
 # What the browser is told: no script, no address, whatever a reply holds. Escaping it is the first wall.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-WORDS = {"better": "better", "worse": "worse", "mixed": "gains and losses", "unclear": "no clear difference"}
-OPEN_STAGES = 4  # comparisons that are unfolded at first
+WORDS = {
+    "better": "Worth it: better, and worse in nothing.",
+    "worse": "Not worth it: worse, and better in nothing.",
+    "mixed": "Gains and losses: weigh them.",
+    "unclear": "Not shown to be worth it: no clear difference.",
+}
+OPEN_STAGES = 4  # with more, what differs is folded away at first
+RELATIVE = ("implicit_margin", "reward_win_rate")  # each against another model: none is the best of the row
 LONG = 900  # characters of a reply that gets a scroll box
 SHOWN_LEAKS = 100
 READING = (
@@ -39,17 +46,17 @@ READING = (
 def written(outcome: Outcome) -> str:
     """The text of report.html."""
     sections = [
-        ("verdict", "Was it worth it?", _verdicts(outcome)),
-        ("table", "All numbers", _table(outcome)),
+        ("verdicts", "Was it worth it?", _verdicts(outcome)),
+        ("numbers", "All numbers", _table(outcome)),
         ("comparisons", "Stage by stage", _comparisons(outcome)),
         ("curves", "How it trained", _curves(outcome)),
-        ("spread", "How the rows are spread", _distributions(outcome)),
+        ("spreads", "How the rows are spread", _distributions(outcome)),
         ("answers", "The same questions to every model", _answers(outcome)),
         ("leaks", "Left out: training has seen these rows", _leaks(outcome)),
         ("settings", "Settings", _settings(outcome)),
     ]
     there = [(key, name, body) for key, name, body in sections if body]
-    links = "".join(f'<a href="#{key}">{name}</a>' for key, name, _ in there)
+    links = "".join(f'<a href="#{key}">{key}</a>' for key, _, _ in there)
     bodies = "".join(f'<section id="{key}"><h2>{name}</h2>{body}</section>' for key, name, body in there)
     notes = "".join(f'<p class="note" dir="auto">{_e(note)}.</p>' for note in outcome.notes)
     return (
@@ -69,35 +76,45 @@ def written(outcome: Outcome) -> str:
 
 def _verdicts(outcome: Outcome) -> str:
     found = stages(outcome.comparisons)
-    cards = "".join(_card(stage) for stage in found)
+    cards = "".join(_card(stage, folded=len(found) > OPEN_STAGES) for stage in found)
     return f'<div class="cards">{cards}</div><p class="hint">{CAUTION}</p>' if found else ""
 
 
-def _card(stage: Stage) -> str:
+def _card(stage: Stage, folded: bool) -> str:
     lines = []
     for verdict in ("better", "worse", "higher", "lower", "unclear"):
-        names = [f"<li>{_e(title(c))}</li>" for c in stage.found(verdict)]
+        names = [f"<li>{_e(title(c))}{_amount(c)}</li>" for c in stage.found(verdict)]
         if names:
             lines.append(
                 f'<dt class="{verdict}">{MARKS[verdict]} {len(names)} {verdict}</dt>'
                 f"<dd><ul>{''.join(names)}</ul></dd>"
             )
+    listed = f"<dl>{''.join(lines)}</dl>"
+    if folded:
+        listed = f"<details><summary>{_chips(stage)}</summary>{listed}</details>"
+    better, worse = (100 * len(stage.found(v)) / len(stage.comparisons) for v in ("better", "worse"))
     return (
-        f'<article class="card {stage.verdict}"><h3><bdi>{_e(stage.model)}</bdi> '
+        f'<article class="card" style="--better-to:{better:.0f}%;--worse-to:{better + worse:.0f}%"><h3><bdi>{_e(stage.model)}</bdi> '
         f"<small>against <bdi>{_e(stage.before)}</bdi></small></h3>"
-        f'<p class="word">{WORDS[stage.verdict]}</p><dl>{"".join(lines)}</dl></article>'
+        f'<p class="word">{WORDS[stage.verdict]}</p>{listed}</article>'
     )
+
+
+def _amount(c: Comparison) -> str:
+    if c.verdict == "unclear":
+        return ""
+    return f' <span class="amount">{signed(c.difference, measure(c.metric).digits)}</span>'
 
 
 def _table(outcome: Outcome) -> str:
     names = columns(outcome)
     if not names:
-        return '<p class="hint">No metric: there were no rows to measure on.</p>'
+        return f'<p class="hint">{NOTHING}</p>'
     heads = "".join(f'<th scope="col" role="columnheader"><bdi>{_e(name)}</bdi></th>' for name in names)
     rows = "".join(_table_row(found, names) for found in by_row(outcome.metrics, names))
     return (
         f'<p class="hint">{READING}</p><div class="box" tabindex="0" role="region" aria-label="All numbers">'
-        f'<table class="numbers" role="table"><thead role="rowgroup"><tr role="row">'
+        f'<table class="numbers" role="table" style="--models:{len(names)}"><thead role="rowgroup"><tr role="row">'
         f'<th scope="col" role="columnheader">metric</th>{heads}</tr></thead>'
         f'<tbody role="rowgroup">{rows}</tbody></table></div>'
     )
@@ -113,6 +130,7 @@ def _table_row(found: dict[str, Metric], names: list[str]) -> str:
     if about.better:
         figures += f", {about.better} is better"
     side = {"higher": 1, "lower": -1}.get(about.better, 0)
+    side = 0 if first.metric in RELATIVE else side
     ranked = sorted({side * m.value for m in found.values()})
     best, worst = (ranked[-1], ranked[0]) if side and len(ranked) > 1 else (None, None)
     cells = []
@@ -226,7 +244,7 @@ def _distributions(outcome: Outcome) -> str:
                 f"of each row</figcaption>{drawn}</figure>"
             )
     hint = '<p class="hint">Bars: how many rows, as a square root, so that few are seen beside many.</p>'
-    return f'{hint}<div class="charts">{"".join(parts)}</div>' if parts else ""
+    return f'{hint}<div class="charts narrow">{"".join(parts)}</div>' if parts else ""
 
 
 # ---- Answers, leaks, settings
@@ -270,9 +288,16 @@ def _marked(before: str | None, reply: str, name: str | None) -> tuple[str, str]
         return shown, f'<span class="remark">as <bdi>{_e(name or "")}</bdi></span>'
     parts = differences.marked(before.strip(), reply.strip())
     if parts is None:
+        if not (before.strip() and reply.strip()):
+            return shown, ""
         return shown, '<span class="remark">quite different</span>'
     tags = {differences.SAME: "{}", differences.GONE: "<del>{}</del>", differences.NEW: "<ins>{}</ins>"}
-    return "".join(tags[kind].format(_e(text)) for kind, text in parts if text), ""
+    body = "".join(tags[kind].format(_e(text)) for kind, text in parts)
+    places = sum(
+        kind != differences.SAME and (i == 0 or parts[i - 1][0] == differences.SAME)
+        for i, (kind, _) in enumerate(parts)
+    )
+    return body, f'<span class="remark">{places} change{"s" if places > 1 else ""}</span>'
 
 
 def _leaks(outcome: Outcome) -> str:
