@@ -96,6 +96,8 @@ def test_each_stage_is_drawn_once_from_beside_its_model(tmp_path):
         Subject("dpo", f"{sft / 'model'}+{dpo / 'adapter'}", "adapter"),
         Subject("web", f"{sft / 'model'}", "server"),
         Subject("hub", "Qwen/Qwen2.5-3B", "folder"),
+        Subject("long", "x" * 300 + "/model", "folder"),
+        Subject("odd", "a\0b/model", "folder"),
     ]
     found = [(chart.stage, chart.title, list(chart.lines)) for chart in curves.charts(subjects)]
     assert found == [
@@ -121,11 +123,11 @@ def test_thousands_of_points_are_thinned_and_the_peaks_stay():
     assert curves.thinned(points[:50]) == points[:50]
 
 
-def test_smoothing_keeps_a_slope_and_halves_noise():
+def test_smoothing_keeps_a_slope_and_takes_the_noise_to_the_last_point():
     slope = [(float(i), 3.0 * i) for i in range(200)]
     assert all(math.isclose(a[1], b[1]) for a, b in zip(slope, curves.smoothed(slope), strict=True))
     noise = [(float(i), (-1.0) ** i) for i in range(200)]
-    assert max(abs(value) for _, value in curves.smoothed(noise)[20:-20]) < 0.2
+    assert max(abs(value) for _, value in curves.smoothed(noise)) < 0.3
 
 
 def test_a_chart_stays_within_its_box_and_says_what_it_shows(tmp_path):

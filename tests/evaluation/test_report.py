@@ -112,7 +112,7 @@ def test_what_is_unclear_is_named_in_a_line_and_never_called_better():
     assert rest[-1] == "  unclear  answers: BLEU, answers: chrF"
     assert any(line.startswith("  worse    perplexity") and line.endswith("p=.031") for line in rest)
     alone = report.comparisons(some_outcome(comparisons=unclear)).splitlines()
-    assert alone[0] == "No clear difference between sft and base: 2 unclear"
+    assert alone[0] == "sft is not clearly better or worse than base: 2 unclear"
 
 
 def test_four_models_and_every_metric_fit_a_screen():

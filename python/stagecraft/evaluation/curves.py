@@ -58,7 +58,14 @@ def log_of(subject: Subject) -> Path | None:
     if subject.kind == "server":
         return None
     path = Path(subject.path.rpartition("+")[2]).absolute().parent / "logs" / "progress.jsonl"
-    return path if path.is_file() else None
+    try:
+        path.open("rb").close()
+    except (
+        OSError,
+        ValueError,
+    ):  # a hub's name, another user's folder: the numbers are worth a report without it
+        return None
+    return path
 
 
 def read(path: Path) -> dict[str, dict[int, float]]:
@@ -121,13 +128,20 @@ def thinned(points: list[Point], most: int = MOST_POINTS) -> list[Point]:
 
 
 def smoothed(points: list[Point]) -> list[Point]:
-    """The mean of a window around each point, a twelfth of all; at the ends the window is what is left of it."""
+    """The mean of a window around each point, a twelfth of all; at the ends, where half of it is missing, a straight
+    line through the rest: a mean would bend a slope there, a smaller window would follow the last point alone."""
     reach = len(points) // 24
-    sums = [0.0]
-    for _, value in points:
+    sums, weighted = [0.0], [0.0]
+    for i, (_, value) in enumerate(points):
         sums.append(sums[-1] + value)
+        weighted.append(weighted[-1] + i * value)
     smooth = []
     for i, (step, _) in enumerate(points):
-        near = min(reach, i, len(points) - 1 - i)  # as far on either side, so that a slope is not bent
-        smooth.append((step, (sums[i + near + 1] - sums[i - near]) / (2 * near + 1)))
+        first, end = max(0, i - reach), min(len(points), i + reach + 1)
+        count, centre = end - first, (first + end - 1) / 2
+        total = sums[end] - sums[first]
+        slope = 0.0
+        if i != centre:
+            slope = (weighted[end] - weighted[first] - centre * total) / (count * (count * count - 1) / 12)
+        smooth.append((step, total / count + slope * (i - centre)))
     return smooth

@@ -13,63 +13,51 @@ from stagecraft.evaluation.verdicts import number
 WIDTH, HEIGHT = 360, 212
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 26
 BINS = 36
+Span = tuple[float, float]
 STYLES = ("first", "second")  # of the lines of a chart
 
 
 def line_chart(chart: Chart) -> str:
     """The chart as a figure: caption, legend with the last values, SVG with axes."""
     every = [point for points in chart.lines.values() for point in points]
-    x_ticks = ticks(min(p[0] for p in every), max(p[0] for p in every), 5, whole=True)
+    first, last = min(p[0] for p in every), max(p[0] for p in every)
+    x_ticks, x_range = ticks(first, last, 5, whole=True), (first, max(last, first + 1))
     bottom, top = _range([p[1] for p in every], chart.title)
     y_ticks = ticks(bottom, top, 5)
-    x_range = (min(p[0] for p in every), max(max(p[0] for p in every), min(p[0] for p in every) + 1))
     y_range = (min(y_ticks[0], bottom), max(y_ticks[-1], top))
-    parts = [_grid(x_ticks, y_ticks, x_range, y_range)]
-    for style, points in zip(STYLES, chart.lines.values(), strict=False):
-        parts += _line(points, style, x_range, y_range)
-    legend = "".join(
-        f'<span class="key {style}">{html.escape(name)} <b>{_value(points[-1][1])}</b></span>'
-        for style, (name, points) in zip(STYLES, chart.lines.items(), strict=False)
-    )
-    told = "; ".join(
-        f"{name} from {_value(points[0][1])} to {_value(points[-1][1])}"
-        for name, points in chart.lines.items()
-    )
-    label = f"{chart.stage}: {chart.title}, {told}, over {x_range[1]:,.0f} steps"
+    parts, legend, told = [_grid(x_ticks, y_ticks, x_range, y_range)], [], []
+    for style, (name, points) in zip(STYLES, chart.lines.items(), strict=False):
+        # Noise of single steps stands behind the line that is read; evaluations are of many rows already.
+        smooth = smoothed(points) if style == STYLES[0] and len(points) >= SMOOTH_FROM else None
+        if smooth:
+            parts.append(_path(points, f"{style} faint", x_range, y_range))
+        shown = smooth or points
+        parts.append(_path(shown, style, x_range, y_range))
+        if len(points) == 1 or (style != STYLES[0] and len(points) < SMOOTH_FROM):
+            parts += [_dot(point, style, x_range, y_range) for point in points]
+        legend.append(f'<span class="key {style}">{html.escape(name)} <b>{_value(shown[-1][1])}</b></span>')
+        told.append(f"{name} from {_value(shown[0][1])} to {_value(shown[-1][1])}")
+    label = f"{chart.stage}: {chart.title}, {'; '.join(told)}, over {last:,.0f} steps"
     lost = f'<p class="lost">NaN or infinite at {chart.lost:,} steps</p>' if chart.lost else ""
     return (
         f'<figure class="chart"><figcaption><b>{html.escape(chart.stage)}</b> {html.escape(chart.title)}'
-        f'<span class="keys">{legend}</span></figcaption>'
+        f'<span class="keys">{"".join(legend)}</span></figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(label)}">{"".join(parts)}</svg>'
         f"{lost}</figure>"
     )
 
 
-def _line(
-    points: list[Point], style: str, x_range: tuple[float, float], y_range: tuple[float, float]
-) -> list[str]:
-    """A line; of many points also their running mean, in front."""
-    if len(points) == 1:
-        x, y = _at(points[0], x_range, y_range)
-        return [f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>']
-    paths = [(thinned(points), style)]
-    if len(points) >= SMOOTH_FROM and style == STYLES[0]:
-        paths = [(thinned(points), f"{style} faint"), (thinned(smoothed(points)), style)]
-    drawn = []
-    for shown, name in paths:
-        places = (_at(point, x_range, y_range) for point in shown)
-        steps = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-        drawn.append(f'<path class="{name}" d="M{steps}"/>')
-    if style != STYLES[0] and len(points) < SMOOTH_FROM:  # evaluations are few: each is a dot
-        for point in points:
-            x, y = _at(point, x_range, y_range)
-            drawn.append(f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>')
-    return drawn
+def _path(points: list[Point], style: str, x_range: Span, y_range: Span) -> str:
+    places = (_at(point, x_range, y_range) for point in thinned(points))
+    return f'<path class="{style}" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in places)}"/>'
 
 
-def _grid(
-    x_ticks: list[float], y_ticks: list[float], x_range: tuple[float, float], y_range: tuple[float, float]
-) -> str:
+def _dot(point: Point, style: str, x_range: Span, y_range: Span) -> str:
+    x, y = _at(point, x_range, y_range)
+    return f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>'
+
+
+def _grid(x_ticks: list[float], y_ticks: list[float], x_range: Span, y_range: Span) -> str:
     parts = []
     digits = max((_places(tick) for tick in y_ticks), default=0)
     for tick in y_ticks:
@@ -89,7 +77,7 @@ def _grid(
     return "".join(parts)
 
 
-def _at(point: Point, x_range: tuple[float, float], y_range: tuple[float, float]) -> tuple[float, float]:
+def _at(point: Point, x_range: Span, y_range: Span) -> tuple[float, float]:
     (left, right), (bottom, top) = x_range, y_range
     x = LEFT + (point[0] - left) / (right - left) * (WIDTH - LEFT - RIGHT)
     return x, HEIGHT - BOTTOM - (point[1] - bottom) / (top - bottom) * (HEIGHT - BOTTOM - TOP)

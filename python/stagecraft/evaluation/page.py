@@ -31,10 +31,11 @@ WORDS = {
     "better": "Worth it: better, and worse in nothing.",
     "worse": "Not worth it: worse, and better in nothing.",
     "mixed": "Gains and losses: weigh them.",
-    "unclear": "Not shown to be worth it: no clear difference.",
+    "unclear": "Not shown to be worth it: not clearly better or worse.",
 }
 OPEN_STAGES = 4  # with more, what differs is folded away at first
 RELATIVE = ("implicit_margin", "reward_win_rate")  # each against another model: none is the best of the row
+ON_PAPER = 6  # models beside one another on a printed page; more stand in rows of four
 LONG = 900  # characters of a reply that gets a scroll box
 SHOWN_LEAKS = 100
 READING = (
@@ -114,7 +115,7 @@ def _table(outcome: Outcome) -> str:
     rows = "".join(_table_row(found, names) for found in by_row(outcome.metrics, names))
     return (
         f'<p class="hint">{READING}</p><div class="box" tabindex="0" role="region" aria-label="All numbers">'
-        f'<table class="numbers" role="table" style="--models:{len(names)}"><thead role="rowgroup"><tr role="row">'
+        f'<table class="numbers{" many" if len(names) > ON_PAPER else ""}" role="table" style="--models:{len(names)}"><thead role="rowgroup"><tr role="row">'
         f'<th scope="col" role="columnheader">metric</th>{heads}</tr></thead>'
         f'<tbody role="rowgroup">{rows}</tbody></table></div>'
     )
