@@ -199,3 +199,23 @@ def test_on_paper_nothing_is_folded_away_or_cut(folder, chromium):
         tall = "all => all.filter(e => e.offsetHeight > 30 || e.getBoundingClientRect().right > innerWidth).length"
         assert opened.locator("table.numbers .value").evaluate_all(tall) == 0
         assert not long.evaluate("e => e.scrollHeight > e.clientHeight + 10")
+
+
+def test_without_a_browser_the_test_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.delenv("CHROMIUM", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(browser.sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(browser, "ROOT", tmp_path)
+    with pytest.raises(AssertionError, match="scripts/setup.sh test"):
+        browser.executable()
+    chrome = tmp_path / "chromium"
+    chrome.write_text("#!/bin/sh\n")
+    chrome.chmod(0o755)
+    assert browser.executable() == str(chrome)
+    noted = tmp_path / "noted"
+    noted.write_text("")
+    (tmp_path / "chromium-path").write_text(f"{noted}\n")
+    assert browser.executable() == str(noted)
+    monkeypatch.setenv("CHROMIUM", str(tmp_path / "gone"))
+    with pytest.raises(AssertionError, match="CHROMIUM=.*no such file"):
+        browser.executable()

@@ -112,8 +112,9 @@ def comparisons(outcome: Outcome, width: int = WIDTH) -> str:
 def _difference(c: Comparison) -> list[str]:
     """'answers: right (phrasing)', '+0.920', '±0.047', 'p<.001'."""
     digits = measure(c.metric).digits
-    half = number((c.high - c.low) / 2, digits)
-    return [title(c), signed(c.difference, digits), f"±{half}", chance_of(c.p).replace(" ", "")]
+    value = signed(c.difference, digits)
+    half = number((c.high - c.low) / 2, len(value.partition(".")[2]))
+    return [title(c), value, f"±{half}", chance_of(c.p).replace(" ", "")]
 
 
 def _columns(cells: list[list[str]], width: int) -> list[str]:
