@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from stagecraft.evaluation import curves, differences, drawing
@@ -165,7 +165,7 @@ def _cell(m: Metric | None, name: str, ends: tuple[float, float], mark: str | No
     )
 
 
-def _scale(metric: str):
+def _scale(metric: str) -> Callable[[float], float]:
     """Perplexities stand on a logarithmic scale: from a random model's thousands to a trained one's two."""
     return (lambda x: math.log(max(x, 1e-9))) if metric == "perplexity" else (lambda x: x)
 
