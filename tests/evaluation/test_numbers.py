@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -233,6 +234,25 @@ def test_a_better_model_is_told_from_noise():
     assert {(one.verdict, one.difference, one.p) for one in same} == {("unclear", 0.0, 1.0)}
     again = metrics.compared("sft", many(9, 0.8), "base", strong, sets)
     assert sum(one.verdict == "unclear" for one in again) >= len(again) - 2
+
+
+@pytest.mark.parametrize(("size", "clear"), [(1e-6, set()), (1e-3, {"better"})])  # the second is the control
+def test_rounding_is_no_difference(size, clear):
+    """One model computed twice, in sums of another order; every row a little higher the second time."""
+    first = many(2, 0.8)
+
+    def shifted(row):
+        return Likelihood(row.nats * (1 - size), row.tokens, row.end)
+
+    second = replace(
+        first,
+        documents=[shifted(row) for row in first.documents],
+        preferences=[(shifted(chosen), rejected) for chosen, rejected in first.preferences],
+        rewards=[reward + size * abs(reward) for reward in first.rewards],
+    )
+    found = metrics.compared("again", second, "once", first, many_sets())
+    assert {one.verdict for one in found} - {"unclear"} == clear
+    assert all(one.difference == 0 for one in found) == (not clear)
 
 
 def test_which_test_a_comparison_is():

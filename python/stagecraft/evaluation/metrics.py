@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 BETA = 0.1  # DPO's usual one
 SURE = 0.05  # a p below it is called a difference
+ROUNDING = 1e-5  # relative: one model computed in another order of sums differs by up to 1e-6 in float32
 # Whose values of single rows are worth a histogram.
 SPREAD = ("bits_per_byte", "rouge_l", "implicit_margin", "reply_tokens")
 
@@ -217,19 +218,21 @@ def _implicit_margin(model: str, scores: Scores, before: Scores | None, beta: fl
     if scores.preferences and before and before.preferences:
         for pairs in (scores.preferences, before.preferences):
             _require_finite(model, "implicit_margin", (row.nats + row.end for pair in pairs for row in pair))
-        apart = [
-            [_whole(chosen) - _whole(rejected) for chosen, rejected in s.preferences]
-            for s in (scores, before)
-        ]
-        margins = [beta * (now - then) for now, then in zip(*apart, strict=True)]
+        ours, theirs = (
+            _array([[_whole(row) for row in pair] for pair in s.preferences]) for s in (scores, before)
+        )
+        moved = ours - _settled(theirs, ours)
+        margins = (beta * (moved[:, 0] - moved[:, 1])).tolist()
         yield _mean("implicit_margin", margins, against=0.0)
 
 
 def _reward_win_rate(model: str, scores: Scores, before: Scores | None) -> Iterator[View]:
+    import numpy as np
+
     if scores.rewards and before and before.rewards:
         _require_finite(model, "reward_win_rate", [*scores.rewards, *before.rewards])
-        pairs = zip(scores.rewards, before.rewards, strict=True)
-        wins = [0.5 if ours == theirs else float(ours > theirs) for ours, theirs in pairs]
+        ours = _array(scores.rewards)
+        wins = (np.sign(ours - _settled(_array(before.rewards), ours)) / 2 + 0.5).tolist()
         yield _share("reward_win_rate", wins, chance=0.5, against=0.5)
 
 
@@ -280,7 +283,8 @@ def _against(view: View, seed: int) -> tuple[float, float, float, float]:
 
 
 def _paired(view: View, old: View, seed: int) -> tuple[float, float, float, float]:
-    """(difference, low, high, p) of two models' metric on the same rows."""
+    """(difference, low, high, p) of two models' metric on the same rows; rows that differ by rounding are equal."""
+    old = replace(old, rows=_settled(old.rows, view.rows))
     difference = view.value - old.value
     if view.share:
         gained, lost = (int((a.rows[:, 0] > b.rows[:, 0]).sum()) for a, b in ((view, old), (old, view)))
@@ -288,6 +292,13 @@ def _paired(view: View, old: View, seed: int) -> tuple[float, float, float, floa
         return difference, *interval, statistics.mcnemar(gained, lost)
     interval = statistics.paired_bootstrap(view.rows, old.rows, view.of_sums, seed)
     return difference, *interval, statistics.randomisation(view.rows, old.rows, view.of_sums, seed)
+
+
+def _settled(rows: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """The rows, with the numbers of `by` where they are equal but for rounding."""
+    import numpy as np
+
+    return np.where(np.isclose(rows, by, rtol=ROUNDING, atol=0), by, rows)
 
 
 def _verdict(better: str, difference: float, p: float) -> str:
