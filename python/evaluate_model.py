@@ -104,8 +104,8 @@ def evaluate(
     measuring = scoring.Measuring(sets, settings, folder, versions)
     scores = {place.name: measuring.scores_of(place, args.reward_model is not None) for place in places}
     judged = measuring.judge(args.reward_model, scores) if args.reward_model else None
-    outcome = outcomes.built(args.recipe or folder.resolve().name, places, sets, scores, args.beta, args.seed)
-    outcome.leaks = seen
+    recipe = args.recipe or folder.resolve().name
+    outcome = outcomes.built(recipe, places, sets, scores, seen, args.beta, args.seed)
     if judged:
         outcome.subjects.append(Subject(REWARD, args.reward_model, "reward"))
         outcome.metrics.append(metrics.reward_accuracy(REWARD, judged))

@@ -34,7 +34,7 @@ def sets():
         preferences=[
             Preference(asked("What should I do about her fever?"), CHOSEN, "Nothing.", "preferences.jsonl:1")
         ],
-        questions=[Question(asked("你好"), "?", None, "questions.jsonl:1")],
+        questions=[Question(asked("谢谢你"), "?", None, "questions.jsonl:1")],
     )
 
 
@@ -180,6 +180,14 @@ def test_leaked_rows_are_left_out_and_no_other(tmp_path):
     assert len(given.answers) == 2 and leaks.without(given, []) == given
 
 
+def test_a_fixed_question_that_training_has_is_told_and_stays(tmp_path):
+    given = sets()
+    [found] = leaks.find(given, {"sft": write(tmp_path, conversation("谢谢你！", "Hello."))})
+    assert (found.name, found.where, found.overlap) == ("questions", "questions.jsonl:1", 1.0)
+    assert leaks.without(given, [found]) == given
+    assert leaks.find(given, {"sft": write(tmp_path, conversation("再见", "Bye."))}) == []  # control
+
+
 def test_rows_of_training_that_can_not_be_read_are_passed_over(tmp_path):
     (tmp_path / "train.jsonl").write_text(
         '{"text": 5}\n{"nothing"\n{"messages": []}\n' + json.dumps({"text": TEXT}) + "\n"
@@ -201,7 +209,8 @@ def test_every_folder_that_is_wrong_is_told(tmp_path):
 def test_the_sample_data_has_no_leak_and_a_copy_of_it_has(tmp_path):
     folders = {"pt": "data/pretrain", "sft": "data/finetune", "rm": "data/reward", "dpo": "data/reward"}
     sample = read_eval_sets(str(ROOT / "data/eval"))
-    assert leaks.find(sample, {stage: str(ROOT / folder) for stage, folder in folders.items()}) == []
+    seen = leaks.find(sample, {stage: str(ROOT / folder) for stage, folder in folders.items()})
+    assert {leak.name for leak in seen} == {"questions"}  # which are for looking at, and asked in training too
     copied = [{"text": row.text} for row in sample.documents[:3]]
     asked_before = [conversation(row.text, "?") for row in sample.answers[:4]]
     found = leaks.find(

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 GRAM = 13
 SHARE = 0.8
-SHOWN = 200  # characters of a row that a Leak quotes
-# The fixed questions are not looked for: they are shown, and no number is made of them.
+QUOTED = 200  # characters of a row that a Leak quotes
 SETS = ("documents", "answers", "choices", "preferences")
+SHOWN = "questions"  # the fixed ones: no number is made of their replies, so they stay, and the report tells
 KINDS = {"pt": "pt", "sft": "sft", "rm": "rm", "dpo": "rm"}  # stage -> how its rows are read
 
 
@@ -119,7 +119,7 @@ def _index(sets: EvalSets) -> Index:
     import numpy as np
 
     wanted, same, cut = [], {}, []
-    for name in SETS:
+    for name in (*SETS, SHOWN):
         for row in getattr(sets, name):
             turns = _turns(row)
             *_, key = _prefixes(_normal(turns))
@@ -253,7 +253,7 @@ def _prefixes(turns: list[tuple[str, str]]) -> Iterator[bytes]:
 
 def _quoted(words: str) -> str:
     words = " ".join(words.split())
-    return words if len(words) <= SHOWN else words[: SHOWN - 1] + "…"
+    return words if len(words) <= QUOTED else words[: QUOTED - 1] + "…"
 
 
 def _bytes(file: Path) -> int:

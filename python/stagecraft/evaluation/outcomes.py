@@ -30,14 +30,15 @@ def versions() -> dict[str, str]:
 
 
 def find_leaks(sets: EvalSets, folders: dict[str, str]) -> list[Leak]:
-    """The evaluation rows that training has seen; the first SHOWN_LEAKS are printed."""
+    """The rows and fixed questions that training has seen; of the rows the first SHOWN_LEAKS are printed."""
     from tqdm import tqdm
 
     if not folders:
         return []
     size = leaks.weigh(folders)
     with tqdm(total=size, desc="training data", unit="B", unit_scale=True, leave=False, disable=None) as bar:
-        found = leaks.find(sets, folders, bar.update)
+        seen = leaks.find(sets, folders, bar.update)
+    found = [leak for leak in seen if leak.name != leaks.SHOWN]
     rows = sum(len(getattr(sets, name)) for name in leaks.SETS)
     data = ", ".join(dict.fromkeys(folders.values()))
     print(
@@ -47,14 +48,21 @@ def find_leaks(sets: EvalSets, folders: dict[str, str]) -> list[Leak]:
         print(f"  {leak.where} is in {leak.source} ({leak.overlap:.0%}): {leak.text[:60]}")
     if len(found) > SHOWN_LEAKS:
         print(f"  ... and {len(found) - SHOWN_LEAKS:,} more, all in the report")
-    return found
+    return seen
 
 
 def built(
-    recipe: str, places: list[Place], sets: EvalSets, scores: dict[str, Scores], beta: float, seed: int
+    recipe: str,
+    places: list[Place],
+    sets: EvalSets,
+    scores: dict[str, Scores],
+    seen: list[Leak],
+    beta: float,
+    seed: int,
 ) -> Outcome:
-    """Metrics of every model, tests against the one before it, replies side by side."""
+    """Metrics of every model, tests against the one before it, replies side by side. `seen`: by training."""
     outcome = Outcome(recipe, [place.as_subject() for place in places], [])
+    outcome.leaks = [leak for leak in seen if leak.name != leaks.SHOWN]
     before: tuple[str, Scores] | None = None
     for name, own in scores.items():
         outcome.metrics += metrics.measured(name, own, sets, before[1] if before else None, beta, seed)
@@ -67,6 +75,12 @@ def built(
         for i, row in enumerate(sets.questions)
     ]
     outcome.notes = _notes(outcome.subjects, places, scores)
+    asked = [leak.where.rpartition(":")[2] for leak in seen if leak.name == leaks.SHOWN]
+    if asked:
+        outcome.notes.append(
+            f"{len(asked)} of the {len(sets.questions)} fixed questions stand in the training data (lines "
+            f"{', '.join(asked)} of questions.jsonl): their answers may be remembered"
+        )
     return outcome
 
 
