@@ -55,9 +55,8 @@ class Page:
         """End answers that are under way, and the server. Blocks.close() would wait 5 s for pages that are open."""
         for session in list(self._writing):
             session.stop.set()
-        server = self.blocks.server
-        server.should_exit = server.force_exit = True
-        server.thread.join(1)
+        self.blocks.server.should_exit = True
+        self.blocks.server.thread.join(1)
 
     # ---- What is on it
 
