@@ -10,6 +10,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -355,16 +356,15 @@ def test_a_conversation_on_a_terminal(speaker: Path, tiny_base: Path, tmp_path: 
 
 
 def test_ctrl_c_cuts_an_answer_short_and_ctrl_d_ends(tiny_base: Path, tmp_path: Path) -> None:
-    chat = Terminal(
-        "--model", str(tiny_base), "--max_new_tokens", "480", cwd=tmp_path
-    )  # it never stops by itself
+    endless = teach(tiny_base, tmp_path / "endless", [["hi", "休息，喝水。" * 70]])
+    chat = Terminal("--model", str(endless), "--max_new_tokens", "480", cwd=tmp_path)
     chat.until("> ")
     chat.say("/help")
     time.sleep(1)  # a Ctrl-C between the prompt and Python's wait for a key is seen with the next key only
     chat.type("\x03")
     assert "(Ctrl-D or /exit ends)" in chat.until("\n> ")
     chat.type("hi\n")
-    chat.until(r"hi\n\S")  # the first words are there
+    chat.until("hi\n休息")  # the first words are there
     began = time.monotonic()
     chat.type("\x03")
     said = chat.until("\n> ")
@@ -382,3 +382,56 @@ def test_no_control_character_of_an_answer_reaches_the_terminal() -> None:
     from stagecraft.talk.terminal import CONTROLS
 
     assert "a\x1b[2Jb\x9b1mc\td\n👩‍👧".translate(CONTROLS) == "a\ufffd[2Jb\ufffd1mc\td\n👩‍👧"
+
+
+# ---- A server
+
+
+@pytest.fixture(scope="module")
+def server(speaker: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`transformers serve` on the speaker's folder."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(speaker)]
+    process = subprocess.Popen(
+        [*command, "--host", "127.0.0.1", "--port", str(port)],
+        env=ENVIRONMENT,
+        stdout=log.open("wb"),
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        last = time.monotonic() + 180
+        while True:
+            assert process.poll() is None and time.monotonic() < last, log.read_text()
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/v1#{speaker}"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def test_a_server_answers_in_the_same_words_and_pieces(server: str, run_script: Any) -> None:
+    place = places.find(server, "tiny", "--model")
+    opened = sources.open_source(place, "auto", "--model")
+    pieces = list(opened.stream(asked(COLD), 200))
+    assert "".join(pieces) == REST and len(pieces) > 5 and not any("\ufffd" in piece for piece in pieces)
+    assert ending(opened, asked(COLD), 200) == (REST, sources.WHOLE)
+    assert ending(opened, asked(COLD), 5)[1] == sources.LIMIT
+    done = run_script("chat.py", "--model", server, input=COLD, env=ENVIRONMENT)
+    assert (done.returncode, done.stdout) == (0, f"{REST}\n"), done.stderr
+
+
+def test_what_a_server_refuses_is_one_line(server: str) -> None:
+    url = server.partition("#")[0]
+    for place, reason in (
+        (f"{url}#other", 'serves no model "other"'),
+        (url, "say which: "),
+        (url.removesuffix("/v1"), "does the URL end in /v1?"),
+    ):
+        with pytest.raises(UserError) as told:
+            sources.open_source(Place("server", place), "auto", "--model")
+        assert reason in str(told.value) and "\n" not in str(told.value)

@@ -277,11 +277,13 @@ def test_wrong_settings_are_told_together_before_anything_starts(
     assert done.returncode == 2 and "no finished model yet; run: make sft RECIPE=none" in done.stderr
 
 
-def test_a_password_opens_the_page_and_shows_nowhere(
-    speakers: list[str], tmp_path: Path, chromium: Any
+def test_a_password_opens_the_page_and_stop_ends_an_answer(
+    tiny_base: Path, tmp_path: Path, chromium: Any
 ) -> None:
     secret = "open-sesame-4711"
-    one = Web(tmp_path / "votes.jsonl", *speakers[:2], PASSWORD=secret)
+    endless = teach(tiny_base, tmp_path / "endless", [["hi", "休息，喝水。" * 70]])
+    flags = ["--models", str(endless), "--max_new_tokens", "480"]
+    one = Web(tmp_path / "votes.jsonl", *flags, PASSWORD=secret)
     try:
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(f"{one.url}config", timeout=30)
@@ -291,9 +293,12 @@ def test_a_password_opens_the_page_and_shows_nowhere(
             page.locator("input[type=password]").fill(secret)
             page.keyboard.press("Enter")
             page.wait_for_selector("#sc-send", timeout=30_000)
-            page.fill("#sc-ask textarea", COLD)
+            page.fill("#sc-ask textarea", "hi")
             page.keyboard.press("Enter")
-            page.wait_for_selector(f"text={REST[:12]}", timeout=60_000)
+            page.wait_for_selector("text=休息", timeout=60_000)
+            page.click("#sc-stop")
+            page.wait_for_selector("text=stopped", timeout=10_000)
+            assert len(page.locator(".sc-card .sc-text").inner_text()) < 6 * 70
             assert not page.locator("#sc-vote-0").is_visible()  # one model: nothing to vote on
         shown = Path(f"/proc/{one.process.pid}/cmdline").read_text()
         assert secret not in shown and secret not in one.said()

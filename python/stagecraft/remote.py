@@ -33,15 +33,28 @@ def connect(place: str, flag: str) -> tuple[openai.OpenAI, str]:
         client = openai.OpenAI(base_url=url, api_key=os.environ.get("API_KEY") or "none", timeout=PATIENCE)
         try:
             there = [model.id for model in client.models.list()]
+        except openai.InternalServerError:
+            there = []  # transformers serve, where the hub's cache is empty
         except (AttributeError, TypeError, ValueError):  # an answer, but not one to this question
             raise UserError(f"{flag} {url}: speaks no OpenAI API; does the URL end in /v1?") from None
-    if wanted and wanted not in there:
+    if wanted and wanted not in there and not _answers(client, wanted):
         raise UserError(f'{flag} {url}: serves no model "{wanted}" (there: {", ".join(there) or "none"})')
     if not wanted and len(there) != 1:
         raise UserError(
-            f"{flag} {url}: serves {len(there)} models ({', '.join(there)}); say which: {url}#MODEL"
+            f"{flag} {url}: lists {len(there)} models ({', '.join(there) or 'none'}); say which: {url}#MODEL"
         )
     return client, wanted or there[0]
+
+
+def _answers(client: openai.OpenAI, model: str) -> bool:
+    """Whether it gives a token; `transformers serve FOLDER` lists what is in the hub's cache, not the folder."""
+    import openai
+
+    try:
+        client.chat.completions.create(model=model, messages=[{"role": "user", "content": "."}], max_tokens=1)
+    except openai.OpenAIError:
+        return False
+    return True
 
 
 @contextmanager
