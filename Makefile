@@ -90,13 +90,13 @@ DEEPSPEED ?=
 # ENV counts from outside only when it is one of our words, and HOST only on the command line.
 ## ENV cpu or gpu packages for make setup (empty: what the machine has)
 ENV := $(filter cpu gpu,$(ENV))
-## HOST address serve and web listen on; other than loopback needs API_KEY, or PASSWORD
+## HOST where serve and web listen; not on loopback: needs API_KEY, PASSWORD
 HOST := 127.0.0.1
-## PORT port to listen on (empty: 8000 for serve, 7860 for web, 6006 for tensorboard)
+## PORT port to listen on (empty: serve 8000, web 7860, tensorboard 6006)
 PORT ?=
-## MODEL folder for chat and serve (empty: the newest finished model); chat takes a URL, too
+## MODEL for chat and serve: a folder; chat: a URL, too (empty: the newest)
 MODEL ?=
-## MODELS one to four for make web: stages, folders, URLs (empty: the two newest)
+## MODELS up to four for web: stages, folders, URLs (empty: the two newest)
 MODELS ?=
 ## SHARE 1: a public address for make web; needs PASSWORD
 SHARE :=
@@ -323,7 +323,7 @@ all: $(foreach stage,base $(STAGES) eval,$(call done,$(stage))) ## every stage o
 chat: | $(ENVIRONMENT) ## talk to the newest model; echo question | make chat prints the answer
 	@scripts/chat.sh $(ARGS)
 
-web: | $(ENVIRONMENT) ## models side by side in a browser, your votes become preferences: MODELS="sft dpo"
+web: | $(ENVIRONMENT) ## models side by side in a browser; votes become preferences: MODELS="sft dpo"
 	@scripts/web.sh $(ARGS)
 
 serve: | $(ENVIRONMENT) ## OpenAI-compatible API on vLLM, or on transformers without a GPU

@@ -145,9 +145,10 @@ class Page:
         if not question.strip():
             yield {self.note: board.note(words["blank"])}
             return
-        if any(answer.ended is None for answer in session.answers):  # Enter, while the models still write
-            return
-        session.begin(question.strip(), system.strip(), blind and self.several, self.sources)
+        with session.lock:
+            if any(answer.ended is None for answer in session.answers):  # Enter, while the models still write
+                return
+            session.begin(question.strip(), system.strip(), blind and self.several, self.sources)
         workers = session.answer_all(int(tokens), float(temperature))
         self._writing.add(session)
         try:
@@ -178,13 +179,14 @@ class Page:
         return voted
 
     def _vote(self, vote: int | str, session: Session, words: dict[str, str]) -> Update:
-        if not session.can_vote() or (isinstance(vote, int) and not session.answers[vote].counts):
-            return {self.note: board.note(words["too_late"])}
-        try:
-            said = self._save(vote, session, words)
-        except UserError as error:  # a full disk: the vote can be given again
-            return {self.note: board.note(str(error))}
-        session.vote = vote
+        with session.lock:
+            if not session.can_vote() or (isinstance(vote, int) and not session.answers[vote].counts):
+                return {self.note: board.note(words["too_late"])}
+            try:
+                said = self._save(vote, session, words)
+            except UserError as error:  # a full disk: the vote can be given again
+                return {self.note: board.note(str(error))}
+            session.vote = vote
         names = ", ".join(f"{LETTERS[i]} {answer.source.name}" for i, answer in enumerate(session.answers))
         if session.blind:
             said += " " + words["were"].format(names)

@@ -45,9 +45,10 @@ class Session:
         self.blind = False
         self.vote: int | str | None = None
         self.stop = threading.Event()
+        self.lock = threading.Lock()  # a double click is two votes at the same time
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
-        return Session()  # Gradio copies the first value for every visitor, and an Event can't be copied
+        return Session()  # Gradio copies the first value for every visitor, and a lock can't be copied
 
     def clear(self) -> None:
         """A new conversation."""
