@@ -77,16 +77,17 @@ def serve(page: "Page", args: WebArguments) -> None:  # noqa: F821 -- Gradio is 
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(
         [*filter(None, [os.environ.get("NO_PROXY")]), "127.0.0.1", "localhost"]
     )
+    host = f"[{args.host}]" if ":" in args.host else args.host  # IPv6
     try:
         page.launch(
-            server_name=args.host,
+            server_name=host,
             server_port=args.port,
             share=args.share,
             auth=(USER, password) if password else None,
         )
     except OSError as error:  # taken between the check and now
         raise UserError(f"--port {args.port}: can't listen on {args.host} ({error})") from None
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(args.host, args.host)
+    shown = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
     print(f"http://{shown}:{args.port} (Ctrl-C ends it){f'; user {USER}, your PASSWORD' if password else ''}")
     if args.share:
         print(page.blocks.share_url or "--share: no tunnel to be had; the page is on this machine only")
