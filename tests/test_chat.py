@@ -37,7 +37,9 @@ ENVIRONMENT = os.environ | {"PYTHONWARNINGS": "ignore", "TERM": "dumb", "CUDA_VI
 @pytest.fixture(scope="module")
 def speaker(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that knows what helps against a cold, and what comes next in that conversation."""
-    return teach(tiny_base, tmp_path_factory.mktemp("speaker") / "model", [[COLD, REST, MORE, THEN]])
+    return teach(
+        tiny_base, tmp_path_factory.mktemp("speaker") / "model", [[COLD, REST], [COLD, REST, MORE, THEN]]
+    )
 
 
 @pytest.fixture(scope="module")

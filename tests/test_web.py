@@ -27,6 +27,7 @@ PILLS = (
     "多吃药，越多越好。 <img src=x onerror=\"document.title='broken in'\"> <b>Take pills</b>, many of them."
 )
 SLEEP, NIGHTS = "不要熬夜。", "熬夜也没事。"
+LONG = ("休息，喝水。" * 30, "吃药，熬夜。" * 30)
 ENVIRONMENT = os.environ | {"PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
 # Notes how long each answer is whenever the page changes.
 WATCH = """() => { window.seen = []; new MutationObserver(() => window.seen.push(
@@ -81,8 +82,8 @@ class Web:
 def speakers(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Flags: a good model and a bad one; both know what may have been said before."""
     folder = tmp_path_factory.mktemp("speakers")
-    good = teach(tiny_base, folder / "good", [[COLD, REST, MORE, SLEEP]])
-    bad = teach(tiny_base, folder / "bad", [[COLD, PILLS], [COLD, REST, MORE, NIGHTS]])
+    good = teach(tiny_base, folder / "good", [[COLD, REST], [COLD, REST, MORE, SLEEP], ["hi", LONG[0]]])
+    bad = teach(tiny_base, folder / "bad", [[COLD, PILLS], [COLD, REST, MORE, NIGHTS], ["hi", LONG[1]]])
     return ["--models", f"good={good}", f"bad={bad}"]
 
 
@@ -125,16 +126,21 @@ def faults_of(page: Any) -> list[str]:
     return [fault for fault in page.faults if "/gradio_api/queue/data" not in fault]
 
 
-def test_ask_stream_vote_and_go_on(web: Web, chromium: Any) -> None:
-    before = len(web.rows())
+def test_both_answers_grow_at_the_same_time(web: Web, chromium: Any) -> None:
     with opened(web, chromium) as page:
         page.wait_for_selector("#sc-send")
         page.evaluate(WATCH)
+        whole = [len(text) for text in ask(page, "hi")]
+        seen = [tuple(lengths) for lengths in page.evaluate("window.seen") if len(lengths) == 2]
+        growing = {(a, b) for a, b in seen if 1 < a < whole[0] and 1 < b < whole[1]}
+        assert len(growing) > 2 and min(whole) > 100, (whole, seen)
+
+
+def test_ask_vote_and_go_on(web: Web, chromium: Any) -> None:
+    before = len(web.rows())
+    with opened(web, chromium) as page:
+        page.wait_for_selector("#sc-send")
         assert ask(page, COLD) == [REST, PILLS]
-        seen = page.evaluate("window.seen")
-        for column in (0, 1):  # it grew, and both at the same time
-            assert len({lengths[column] for lengths in seen if len(lengths) == 2}) > 3, seen
-        assert any(0 < a < len(REST) and 0 < b < len(PILLS) for a, b in (x for x in seen if len(x) == 2))
         assert page.locator(".sc-name").all_inner_texts() == ["good", "bad"]
         said = vote(page, 0)
         assert said == f"Saved 1 preference in {web.votes} ({before + 1} there). " + (
