@@ -22,7 +22,7 @@ RECIPE ?= tiny
 ALL_STAGES := pt sft rm dpo
 MERGES := $(patsubst %,merge-%,$(ALL_STAGES) ppo)
 CLEANS := $(patsubst %,clean-%,base $(ALL_STAGES) eval export)
-TARGETS := help setup data base $(ALL_STAGES) $(MERGES) eval all chat serve export status logs tensorboard test \
+TARGETS := help setup data base $(ALL_STAGES) $(MERGES) eval all chat web serve export status logs tensorboard test \
   test-faults lint clean $(CLEANS)
 .PHONY: FORCE $(TARGETS)
 GOALS := $(or $(MAKECMDGOALS),help)
@@ -90,12 +90,20 @@ DEEPSPEED ?=
 # ENV counts from outside only when it is one of our words, and HOST only on the command line.
 ## ENV cpu or gpu packages for make setup (empty: what the machine has)
 ENV := $(filter cpu gpu,$(ENV))
-## HOST address make serve listens on; other than loopback needs API_KEY
+## HOST where serve and web listen; not on loopback: needs API_KEY, PASSWORD
 HOST := 127.0.0.1
-## PORT port to listen on (empty: 8000 for serve, 6006 for tensorboard)
+## PORT port to listen on (empty: serve 8000, web 7860, tensorboard 6006)
 PORT ?=
-## MODEL folder for chat and serve (empty: the newest finished model)
+## MODEL for chat and serve: a folder; chat: a URL, too (empty: the newest)
 MODEL ?=
+## MODELS up to four for web: stages, folders, URLs (empty: the two newest)
+MODELS ?=
+## SHARE 1: a public address for make web; needs PASSWORD
+SHARE :=
+# What is written on a command line everybody sees in the list of processes.
+ifneq ($(findstring command line,$(origin PASSWORD)),)
+  $(error PASSWORD belongs into the environment: PASSWORD=... make web)
+endif
 ## PYTHON an interpreter with the packages, instead of .venv
 PYTHON ?=
 ## PT_DATA folder of documents
@@ -111,7 +119,7 @@ EVAL_DATA ?= data/eval
 
 # How the scripts, and the help, get them.
 export RECIPE STAGES GPUS ARGS STAGE FORMAT NPROC NNODES NODE_RANK MASTER_ADDR MASTER_PORT DEEPSPEED ENV HOST PORT MODEL
-export PRICE PYTHON PT_DATA SFT_DATA RM_DATA DPO_DATA EVAL_DATA
+export MODELS SHARE PRICE PYTHON PT_DATA SFT_DATA RM_DATA DPO_DATA EVAL_DATA
 
 # ---- The graph --------------------------------------------------------------------------------------------------
 
@@ -136,8 +144,8 @@ done = outputs-$1/$(RECIPE)/DONE
 # are built on the way there. They change the result, so these stages are made again even if they are up to date.
 TAKE_ARGS := $(filter base $(ALL_STAGES) eval export,$(GOALS)) $(if $(filter all,$(GOALS)),$(STAGES))
 ifneq ($(strip $(ARGS)),)
-  ifeq ($(filter base $(ALL_STAGES) eval all chat serve export,$(GOALS)),)
-    $(error ARGS are for base, pt, sft, rm, dpo, eval, all, chat, serve and export; named here: $(call listed,$(GOALS)))
+  ifeq ($(filter base $(ALL_STAGES) eval all chat web serve export,$(GOALS)),)
+    $(error ARGS are for base, pt, sft, rm, dpo, eval, all, chat, web, serve and export; named here: $(call listed,$(GOALS)))
   endif
 endif
 flags = $(if $(filter $1,$(TAKE_ARGS)),$(if $(strip $(ARGS)), $(ARGS)))
@@ -314,6 +322,9 @@ all: $(foreach stage,base $(STAGES) eval,$(call done,$(stage))) ## every stage o
 ##@ Results
 chat: | $(ENVIRONMENT) ## talk to the newest model; echo question | make chat prints the answer
 	@scripts/chat.sh $(ARGS)
+
+web: | $(ENVIRONMENT) ## models side by side in a browser; votes become preferences: MODELS="sft dpo"
+	@scripts/web.sh $(ARGS)
 
 serve: | $(ENVIRONMENT) ## OpenAI-compatible API on vLLM, or on transformers without a GPU
 	@scripts/serve.sh $(ARGS)

@@ -29,21 +29,38 @@ def connect(place: str, flag: str) -> tuple[openai.OpenAI, str]:
     import openai
 
     url, _, wanted = place.partition("#")
-    client = openai.OpenAI(base_url=url, api_key=os.environ.get("API_KEY") or "none", timeout=PATIENCE)
     with refusals(place, flag):
-        there = [model.id for model in client.models.list()]
-    if wanted and wanted not in there:
+        client = openai.OpenAI(base_url=url, api_key=os.environ.get("API_KEY") or "none", timeout=PATIENCE)
+        try:
+            there = [model.id for model in client.models.list()]
+        except openai.InternalServerError:
+            there = []  # transformers serve, where the hub's cache is empty
+        except (AttributeError, TypeError, ValueError):  # an answer, but not one to this question
+            raise UserError(f"{flag} {url}: speaks no OpenAI API; does the URL end in /v1?") from None
+    if wanted and wanted not in there and not _answers(client, wanted):
         raise UserError(f'{flag} {url}: serves no model "{wanted}" (there: {", ".join(there) or "none"})')
     if not wanted and len(there) != 1:
         raise UserError(
-            f"{flag} {url}: serves {len(there)} models ({', '.join(there)}); say which: {url}#MODEL"
+            f"{flag} {url}: lists {len(there)} models ({', '.join(there) or 'none'}); say which: {url}#MODEL"
         )
     return client, wanted or there[0]
 
 
+def _answers(client: openai.OpenAI, model: str) -> bool:
+    """Whether it gives a token; `transformers serve FOLDER` lists what is in the hub's cache, not the folder."""
+    import openai
+
+    try:
+        client.chat.completions.create(model=model, messages=[{"role": "user", "content": "."}], max_tokens=1)
+    except openai.OpenAIError:
+        return False
+    return True
+
+
 @contextmanager
 def refusals(place: str, flag: str) -> Iterator[None]:
-    """What a server refuses, as a UserError."""
+    """What a server refuses, or breaks off, as a UserError."""
+    import httpx
     import openai
 
     url = place.partition("#")[0]
@@ -59,7 +76,18 @@ def refusals(place: str, flag: str) -> Iterator[None]:
         raise UserError(f"{flag} {url}: the server wants another key; set API_KEY") from None
     except openai.NotFoundError as error:
         raise UserError(
-            f"{flag} {url}: not found there ({error.message}); does the URL end in /v1?"
+            f"{flag} {url}: not found there ({_line(error.message)}); does the URL end in /v1?"
         ) from None
     except openai.APIStatusError as error:
-        raise UserError(f"{flag} {url}: refused ({error.status_code}): {error.message}") from None
+        raise UserError(f"{flag} {url}: refused ({error.status_code}): {_line(error.message)}") from None
+    except httpx.InvalidURL as error:
+        raise UserError(f"{flag} {url}: no address ({error})") from None
+    except (openai.APIError, httpx.HTTPError) as error:  # in the middle of an answer
+        raise UserError(
+            f"{flag} {url}: the answer broke off ({_line(str(error)) or type(error).__name__})"
+        ) from None
+
+
+def _line(message: str) -> str:
+    """A server's words, which may be a page of HTML, as one line."""
+    return " ".join(message.split())[:300]

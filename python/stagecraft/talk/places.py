@@ -1,0 +1,142 @@
+"""What a user calls a model -> where it is: a stage's name, a folder, BASE+ADAPTER or a server. No torch here."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from stagecraft import generation
+from stagecraft.errors import UserError
+from stagecraft.remote import is_url
+
+STAGES = ("base", "pt", "sft", "dpo", "ppo")  # in the order of the pipeline; a reward model writes no text
+MOST = 4  # answers side by side; more are not read
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model is (`path`: a folder, BASE+ADAPTER or URL[#MODEL]), and what to call it in front of a user."""
+
+    name: str
+    path: str
+
+    @property
+    def folders(self) -> tuple[str, str | None]:
+        """(the model's folder, the adapter's if it is BASE+ADAPTER)."""
+        if Path(self.path).is_dir():  # a folder's own name may hold a +
+            return self.path, None
+        base, _, adapter = self.path.partition("+")
+        return base, adapter or None
+
+
+def default_recipe() -> str:
+    """RECIPE, as Make hands it on."""
+    return os.environ.get("RECIPE") or "tiny"
+
+
+def finished(recipe: str) -> list[str]:
+    """Stages of the recipe whose model is complete, in the order of the pipeline."""
+    return [stage for stage in STAGES if Path(f"outputs-{stage}", recipe, "DONE").exists()]
+
+
+def newest(recipe: str, count: int) -> list[str]:
+    """The stages that finished last, in the order of the pipeline. Raises UserError where none has."""
+    there = finished(recipe)
+    if not there:
+        raise UserError(
+            f"RECIPE={recipe}: no finished model yet; run: make sft RECIPE={recipe}, or name models: "
+            'MODELS="FOLDER FOLDER"'
+        )
+    when = {stage: Path(f"outputs-{stage}", recipe, "DONE").stat().st_mtime_ns for stage in there}
+    chosen = sorted(there, key=lambda stage: (when[stage], STAGES.index(stage)))[-count:]
+    return [stage for stage in STAGES if stage in chosen]
+
+
+def find(word: str, recipe: str, flag: str) -> Place:
+    """The place that a word means, found to be usable. Raises UserError listing what is wrong with it."""
+    given, _, rest = word.partition("=")
+    named = rest and given and not set(given) & set("/:#+.")
+    name, path = (given, rest) if named else ("", word)
+    if is_url(path):
+        return Place(name or _server_name(path), path)
+    if path in (*STAGES, "rm") and not Path(path).is_dir():
+        return Place(name or path, _of_stage(path, recipe, flag))
+    place = Place(name or _folder_name(path), path)
+    _check(place, flag)
+    return place
+
+
+def find_all(words: list[str], recipe: str, flag: str) -> list[Place]:
+    """One to MOST places, no two of one name. Raises UserError with the faults of all of them."""
+    faults, found = [], []
+    if len(words) > MOST:
+        faults.append(f"{flag}: {len(words)} models; {MOST} answers side by side are the most")
+    for word in words:
+        try:
+            found.append(find(word, recipe, flag))
+        except UserError as error:
+            faults.append(str(error))
+    names = [place.name for place in found]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        faults.append(f"{flag}: {names.count(name)} models are called {name}; name them: NAME=PLACE")
+    if faults:
+        raise UserError(*faults)
+    return found
+
+
+def _of_stage(stage: str, recipe: str, flag: str) -> str:
+    if stage == "rm":
+        raise UserError(f"{flag} rm: a reward model scores answers and gives none")
+    if stage not in finished(recipe):
+        there = ", ".join(finished(recipe)) or "none"
+        make = (
+            "" if stage == "ppo" else f"; run: make {stage} RECIPE={recipe}"
+        )  # no recipe trains PPO in its chain
+        raise UserError(f"{flag} {stage}: not finished for RECIPE={recipe} (finished: {there}){make}")
+    folder = f"outputs-{stage}/{recipe}/model"
+    generation.require_usable(folder, flag)
+    return folder
+
+
+def _check(place: Place, flag: str) -> None:
+    base, adapter = place.folders
+    if adapter:
+        _check_adapter(place, base, adapter, flag)
+    elif Path(base).is_dir():
+        generation.require_usable(base, flag)
+    else:
+        near = difflib.get_close_matches(base, (*STAGES, "rm"), 1)
+        raise UserError(
+            f"{flag} {base}: no such folder"
+            + (f'; did you mean the stage "{near[0]}"?' if near else f", and no stage ({', '.join(STAGES)})")
+        )
+
+
+def _check_adapter(place: Place, base: str, adapter: str, flag: str) -> None:
+    """The adapter fits the base, and one of them knows how to talk."""
+    from stagecraft.merging.inputs import plan_merge
+
+    try:
+        plan_merge(base, [adapter], None, "auto")
+    except UserError as error:  # in the words of a merge, whose flags are not ours
+        lines = str(error).replace("--lora_model ", "").replace("--base_model ", "").splitlines()
+        raise UserError(*(f"{flag} {place.path}: {line}" for line in lines)) from None
+    if not (Path(adapter) / "chat_template.jinja").exists():
+        generation.require_usable(base, flag)
+
+
+def _folder_name(path: str) -> str:
+    """outputs-sft/tiny/model is called sft; another folder as it is called, `model` and the like as the one above."""
+    base, adapter = Place("", path).folders
+    folder = Path(adapter or base)
+    parts = folder.absolute().parts
+    if len(parts) > 2 and parts[-3].startswith("outputs-") and parts[-1] in ("model", "adapter"):
+        return parts[-3].removeprefix("outputs-")
+    return parts[-2] if parts[-1] in ("model", "adapter") and len(parts) > 2 else folder.name or path
+
+
+def _server_name(url: str) -> str:
+    address, _, model = url.partition("#")
+    return model.rstrip("/").rsplit("/", 1)[-1] if model else address.split("//", 1)[-1].split("/", 1)[0]
