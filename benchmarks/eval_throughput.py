@@ -22,7 +22,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "python"))
 
-from stagecraft.evaluation import engines, subjects  # noqa: E402
+from stagecraft import places  # noqa: E402
+from stagecraft.evaluation import engines  # noqa: E402
 from stagecraft.evaluation.sets import read_eval_sets  # noqa: E402
 
 
@@ -43,10 +44,10 @@ def main() -> None:
         parser.error("--rounds and --rows: at least 1")
     engine = engines.choose_engine(args.engine)
     settings = engines.Settings(args.max_new_tokens, args.batch_size, args.dtype, engine)
-    place = subjects.read_place("model", args.model)
+    place = places.read_place("model", args.model, "--model")
     model = engines.open_model(place, settings)
     prompts = [row.prompt for row in read_eval_sets(args.eval_dir).answers][: args.rows]
-    loaded = subjects.load(place, args.dtype) if engine == "vllm" else model.loaded
+    loaded = places.load(place, args.dtype) if engine == "vllm" else model.loaded
 
     def ours() -> list[str]:
         return [reply.text for reply in model.replies(prompts)]

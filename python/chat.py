@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 from stagecraft.arguments import DTYPES, parse
 from stagecraft.errors import UserError, run_main
-from stagecraft.talk import places, sources
-from stagecraft.talk.places import Place
+from stagecraft.places import Place
+from stagecraft.talk import naming, sources
 from stagecraft.talk.terminal import Talk, system_message
 
 
@@ -30,7 +30,7 @@ class ChatArguments:
             "aliases": ["model_name_or_path"],
         }
     )
-    recipe: str = field(default_factory=places.default_recipe, metadata={"help": "whose stages are meant"})
+    recipe: str = field(default_factory=naming.default_recipe, metadata={"help": "whose stages are meant"})
     system: str | None = field(default=None, metadata={"help": "system message"})
     max_new_tokens: int = field(default=256, metadata={"help": "tokens of an answer at most"})
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy: the same answer every time"})
@@ -44,22 +44,22 @@ def main() -> None:
     [args] = parse(__doc__, ChatArguments)
     question = None if sys.stdin.isatty() else read_question()
     place = check(args)
-    source = open_quietly(place, args.torch_dtype, "--model")
+    source = open_quietly(place, args.torch_dtype)
     if question is not None:
         messages = [*system_message(args.system), {"role": "user", "content": question}]
         print("".join(source.stream(messages, args.max_new_tokens, args.temperature)))
         return
 
     def open_place(word: str, flag: str) -> sources.Source:
-        return open_quietly(places.find(word, args.recipe, flag), args.torch_dtype, flag)
+        return open_quietly(naming.find(word, args.recipe, flag), args.torch_dtype)
 
     Talk(source, open_place, args.system, args.max_new_tokens, args.temperature, args.recipe).run()
 
 
-def open_quietly(place: Place, dtype: str, flag: str) -> sources.Source:
+def open_quietly(place: Place, dtype: str) -> sources.Source:
     """A source of answers. Some libraries greet on standard output when imported."""
     with contextlib.redirect_stdout(sys.stderr):
-        return sources.open_source(place, dtype, flag)
+        return sources.open_source(place, dtype)
 
 
 def check(args: ChatArguments) -> Place:
@@ -70,7 +70,7 @@ def check(args: ChatArguments) -> Place:
     if not 0 <= args.temperature < float("inf"):
         faults.append(f"--temperature must be 0 (greedy) or more, not {args.temperature}")
     try:
-        place = places.find(args.model, args.recipe, "--model")
+        place = naming.find(args.model, args.recipe, "--model")
     except UserError as error:
         faults.append(str(error))
     if faults:

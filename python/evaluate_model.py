@@ -21,8 +21,9 @@ from stagecraft.evaluation import from_config, kept, leaks, metrics, outcomes, r
 from stagecraft.evaluation.engines import ENGINES, Settings, choose_engine
 from stagecraft.evaluation.results import Subject
 from stagecraft.evaluation.sets import EvalSets, read_eval_sets
-from stagecraft.evaluation.subjects import REWARD, Place, collect, read_places
+from stagecraft.evaluation.subjects import REWARD, collect, read_places
 from stagecraft.interrupts import Interrupted, Interrupts
+from stagecraft.places import Place
 
 RECORDED = ("eval_dir", "max_eval_samples", "max_new_tokens", "batch_size", "torch_dtype", "beta", "seed")
 

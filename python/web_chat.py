@@ -23,9 +23,9 @@ from pathlib import Path
 
 from stagecraft.arguments import DTYPES, parse
 from stagecraft.errors import UserError, run_main
-from stagecraft.talk import places, sources
+from stagecraft.places import Place
+from stagecraft.talk import naming, sources
 from stagecraft.talk.appending import check_file
-from stagecraft.talk.places import Place
 
 USER = "stagecraft"
 
@@ -37,7 +37,7 @@ class WebArguments:
     models: list[str] | None = field(
         default=None, metadata={"help": "stages, folders, BASE+ADAPTER or URLs; unset: the two newest stages"}
     )
-    recipe: str = field(default_factory=places.default_recipe, metadata={"help": "whose stages are meant"})
+    recipe: str = field(default_factory=naming.default_recipe, metadata={"help": "whose stages are meant"})
     host: str = field(default="127.0.0.1", metadata={"help": "address to listen on"})
     port: int = field(default=7860, metadata={"help": "port to listen on"})
     share: bool = field(default=False, metadata={"help": "a public address through Gradio's tunnel"})
@@ -57,7 +57,7 @@ def main() -> None:
     [args] = parse(__doc__, WebArguments)
     found = check(args)
     with contextlib.redirect_stdout(sys.stderr):  # some libraries greet on standard output when imported
-        opened = sources.open_all(found, args.torch_dtype, "--models")
+        opened = sources.open_all(found, args.torch_dtype)
     for source in opened:
         print(f"{source.name}: {source.about}")
     from stagecraft.talk.page import Page
@@ -122,7 +122,7 @@ def check(args: WebArguments) -> list[Place]:
         lambda: check_port(args.host, args.port),
         lambda: check_file(Path(args.votes_file), "dpo", "--votes_file"),
         lambda: found.extend(
-            places.find_all(args.models or places.newest(args.recipe, 2), args.recipe, "--models")
+            naming.find_all(args.models or naming.newest(args.recipe, 2), args.recipe, "--models")
         ),
     ):
         try:

@@ -24,8 +24,8 @@ import pytest
 from speakers import teach
 from stagecraft import generation, models
 from stagecraft.errors import UserError
-from stagecraft.talk import appending, places, sources
-from stagecraft.talk.places import Place
+from stagecraft.places import Place, read_place
+from stagecraft.talk import appending, naming, sources
 
 ROOT = Path(__file__).resolve().parents[1]
 COLD = "感冒怎么办？"
@@ -44,9 +44,13 @@ def speaker(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(speaker: Path) -> Iterator[sources.Source]:
-    opened = sources.open_source(Place("speaker", str(speaker)), "auto", "--model")
+    opened = sources.open_source(place_of(speaker), "auto")
     yield opened
     opened.close()
+
+
+def place_of(folder: Path) -> Place:
+    return read_place(folder.name, str(folder), "--model")
 
 
 def asked(text: str) -> list[Any]:
@@ -132,10 +136,10 @@ def test_an_adapter_on_its_base_answers_like_the_merged_model(speaker: Path, tmp
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
     for file in [*speaker.glob("tokenizer*"), speaker / "chat_template.jinja"]:
         shutil.copy(file, tmp_path / "merged")
-    place = places.find(f"{speaker}+{tmp_path / 'adapter'}", "tiny", "--model")
+    place = naming.find(f"{speaker}+{tmp_path / 'adapter'}", "tiny", "--model")
     texts = [
-        "".join(sources.open_source(where, "auto", "--model").stream(asked(COLD), 40))
-        for where in (place, Place("merged", str(tmp_path / "merged")), Place("base", str(speaker)))
+        "".join(sources.open_source(where, "auto").stream(asked(COLD), 40))
+        for where in (place, *map(place_of, (tmp_path / "merged", speaker)))
     ]
     assert texts[0] == texts[1] != texts[2]
     assert place.name == "adapter" or place.name == tmp_path.name
@@ -152,8 +156,8 @@ def test_every_wrong_place_is_one_line(
         shutil.copytree(speaker, f"outputs-{stage}/tiny/model")
         Path(f"outputs-{stage}/tiny/DONE").touch()
         os.utime(f"outputs-{stage}/tiny/DONE", (seconds, seconds))
-    assert places.newest("tiny", 2) == ["sft", "dpo"] and places.newest("tiny", 1) == ["sft"]
-    found = places.find_all(["sft", "x=outputs-dpo/tiny/model", "http://127.0.0.1:1/v1#m/last"], "tiny", "-m")
+    assert naming.newest("tiny", 2) == ["sft", "dpo"] and naming.newest("tiny", 1) == ["sft"]
+    found = naming.find_all(["sft", "x=outputs-dpo/tiny/model", "http://127.0.0.1:1/v1#m/last"], "tiny", "-m")
     assert [place.name for place in found] == ["sft", "x", "last"]
     assert found[0].path == "outputs-sft/tiny/model"
     wrong = {
@@ -165,15 +169,15 @@ def test_every_wrong_place_is_one_line(
     }
     for word, reason in wrong.items():
         with pytest.raises(UserError) as told:
-            places.find(word, "tiny", "--model")
+            naming.find(word, "tiny", "--model")
         assert str(told.value).startswith(f"--model {word}") and reason in str(told.value)
     with pytest.raises(UserError) as told:
-        places.find_all(["sft", "dpo", "sft", "base", "rm"], "tiny", "--models")
+        naming.find_all(["sft", "dpo", "sft", "base", "rm"], "tiny", "--models")
     lines = str(told.value).splitlines()
     assert lines[0] == "--models: 5 models; 4 answers side by side are the most"
     assert len(lines) == 3 and lines[2] == "--models: 2 models are called sft; name them: NAME=PLACE"
     with pytest.raises(UserError, match="no finished model yet; run: make sft RECIPE=other"):
-        places.newest("other", 2)
+        naming.newest("other", 2)
 
 
 def test_wrong_flags_are_told_together_and_before_torch(run_script: Any, tmp_path: Path) -> None:
@@ -417,8 +421,8 @@ def server(speaker: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def test_a_server_answers_in_the_same_words_and_pieces(server: str, run_script: Any) -> None:
-    place = places.find(server, "tiny", "--model")
-    opened = sources.open_source(place, "auto", "--model")
+    place = naming.find(server, "tiny", "--model")
+    opened = sources.open_source(place, "auto")
     pieces = list(opened.stream(asked(COLD), 200))
     assert "".join(pieces) == REST and len(pieces) > 5 and not any("\ufffd" in piece for piece in pieces)
     assert ending(opened, asked(COLD), 200) == (REST, sources.WHOLE)
@@ -435,5 +439,5 @@ def test_what_a_server_refuses_is_one_line(server: str) -> None:
         (url.removesuffix("/v1"), "does the URL end in /v1?"),
     ):
         with pytest.raises(UserError) as told:
-            sources.open_source(Place("server", place), "auto", "--model")
+            sources.open_source(naming.find(place, "tiny", "--model"), "auto")
         assert reason in str(told.value) and "\n" not in str(told.value)

@@ -21,6 +21,7 @@ import pytest
 import running
 from adapters import causal, classifier, make_adapter
 from conftest import DOCUMENTS
+from stagecraft import places
 from stagecraft.errors import UserError
 from stagecraft.evaluation import from_config, subjects
 
@@ -180,7 +181,7 @@ def test_an_adapter_of_another_base_is_refused(tiny_base: Path, adapter: Path, t
     model.model.embed_tokens.weight.data.mul_(1.01)
     model.save_pretrained(other)
     with pytest.raises(UserError) as caught:
-        subjects.read_place("sft", f"{other}+{adapter}")
+        places.read_place("sft", f"{other}+{adapter}", "--models sft")
     assert str(caught.value) == (
         f"--models sft {adapter}: was trained on other weights than those of the base {other} (adapter_config.json "
         f"names {tiny_base}); give that base, or take that name out of adapter_config.json if you know better (the "
@@ -190,8 +191,10 @@ def test_an_adapter_of_another_base_is_refused(tiny_base: Path, adapter: Path, t
     with pytest.raises(
         UserError, match=r"^--models sft .*: does not fit the base .*\(14 modules do not fit\)$"
     ):
-        subjects.read_place("sft", f"{small}+{adapter}")
-    assert subjects.read_place("sft", f"{tiny_base}+{adapter}").base == str(tiny_base)  # control
+        places.read_place("sft", f"{small}+{adapter}", "--models sft")
+    assert places.read_place("sft", f"{tiny_base}+{adapter}", "--models sft").base == str(
+        tiny_base
+    )  # control
 
 
 def make_small(folder: Path, base: Path) -> Path:
@@ -209,8 +212,8 @@ def test_a_folder_whose_name_has_a_plus(tiny_base: Path, adapter: Path, tmp_path
     base.symlink_to(tiny_base)
     second = tmp_path / "c+d"
     second.symlink_to(adapter)
-    assert subjects.read_place("x", str(base)).kind == "folder"
-    place = subjects.read_place("x", f"{base}+{second}")
+    assert places.read_place("x", str(base), "--models x").kind == "folder"
+    place = places.read_place("x", f"{base}+{second}", "--models x")
     assert (place.base, place.adapter) == (str(base), str(second))
 
 

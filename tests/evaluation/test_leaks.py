@@ -210,7 +210,9 @@ def test_the_sample_data_has_no_leak_and_a_copy_of_it_has(tmp_path):
     folders = {"pt": "data/pretrain", "sft": "data/finetune", "rm": "data/reward", "dpo": "data/reward"}
     sample = read_eval_sets(str(ROOT / "data/eval"))
     seen = leaks.find(sample, {stage: str(ROOT / folder) for stage, folder in folders.items()})
-    assert {leak.name for leak in seen} == {"questions"}  # which are for looking at, and asked in training too
+    assert {leak.name for leak in seen} == {
+        "questions"
+    }  # which are for looking at, and asked in training too
     copied = [{"text": row.text} for row in sample.documents[:3]]
     asked_before = [conversation(row.text, "?") for row in sample.answers[:4]]
     found = leaks.find(

@@ -15,14 +15,13 @@ from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
-from stagecraft import generation, models
+from stagecraft import generation, models, places
 from stagecraft.data.rows import Message
 from stagecraft.errors import UserError
-from stagecraft.evaluation import subjects
 from stagecraft.evaluation.results import Likelihood, Reply
-from stagecraft.evaluation.subjects import Place
 from stagecraft.generation import Keep, Progress
 from stagecraft.manifest import gpus
+from stagecraft.places import Place
 from stagecraft.remote import PATIENCE, connect, refusals
 
 ENGINES = ("auto", "transformers", "vllm")
@@ -69,7 +68,7 @@ class Model:
     @cached_property
     def loaded(self) -> tuple[Any, Any]:
         """(model, tokenizer)"""
-        return subjects.load(self.place, self.settings.dtype)
+        return places.load(self.place, self.settings.dtype)
 
     def replies(
         self, prompts: list[list[Message]], keep: Keep | None = None, progress: Progress | None = None
@@ -143,7 +142,7 @@ class Vllm(Model):
     def loaded(self) -> tuple[Any, Any]:
         """(model, tokenizer), when the engine has given the card back."""
         self._end_engine()
-        return subjects.load(self.place, self.settings.dtype)
+        return places.load(self.place, self.settings.dtype)
 
     def close(self) -> None:
         """Give the memory back before the next model is loaded."""

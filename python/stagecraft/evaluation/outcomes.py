@@ -12,7 +12,8 @@ from stagecraft import files
 from stagecraft.evaluation import leaks, metrics, text
 from stagecraft.evaluation.results import Leak, Outcome, Scores, Subject
 from stagecraft.evaluation.sets import EvalSets
-from stagecraft.evaluation.subjects import Place
+from stagecraft.evaluation.subjects import subject_of
+from stagecraft.places import Place
 
 SHOWN_LEAKS = 10
 PACKAGES = ("torch", "transformers", "peft", "vllm", "sacrebleu")
@@ -61,7 +62,7 @@ def built(
     seed: int,
 ) -> Outcome:
     """Metrics of every model, tests against the one before it, replies side by side. `seen`: by training."""
-    outcome = Outcome(recipe, [place.as_subject() for place in places], [])
+    outcome = Outcome(recipe, [subject_of(place) for place in places], [])
     outcome.leaks = [leak for leak in seen if leak.name != leaks.SHOWN]
     before: tuple[str, Scores] | None = None
     for name, own in scores.items():

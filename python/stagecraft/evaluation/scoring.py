@@ -15,8 +15,9 @@ from stagecraft.evaluation.engines import Model, Settings, open_model
 from stagecraft.evaluation.kept import Kept, Task, key_of
 from stagecraft.evaluation.results import Likelihood, Reply, Scores
 from stagecraft.evaluation.sets import EvalSets
-from stagecraft.evaluation.subjects import REWARD, Place
+from stagecraft.evaluation.subjects import REWARD, fingerprint_of
 from stagecraft.generation import Keep, Progress
+from stagecraft.places import Place
 
 # What measures a task, given what keeps its batches and whom to tell of the progress.
 Run = Callable[[Keep, Progress], list[Any]]
@@ -37,7 +38,7 @@ class Measuring:
         Replies come first: vLLM gives the card back before transformers takes it.
         """
         sets, found = self.sets, Scores()
-        kept = self._kept(place.name, place.fingerprint(), asdict(sets))
+        kept = self._kept(place.name, fingerprint_of(place), asdict(sets))
         with contextlib.closing(open_model(place, self.settings)) as model:
 
             def task(name: str, asked: list[Any], ask: Callable[..., list[Any]]) -> Task:
@@ -76,7 +77,7 @@ class Measuring:
 
     def judge(self, path: str, scored: dict[str, Scores]) -> list[tuple[float, float]] | None:
         """A reward model's (score of chosen, of rejected) of each pair; every model's `rewards` are filled in."""
-        place, loaded = Place(REWARD, path, path), []
+        place, loaded = Place(REWARD, path, "--reward_model", path), []
         if not self.sets.preferences:
             return None
 
@@ -87,7 +88,7 @@ class Measuring:
                     loaded.extend(generation.load(*how))
                 return generation.reward_scores(*loaded, pairs, self.settings.batch_size, progress, keep)
 
-            return _measure(REWARD, name, len(pairs), self._kept(place.fingerprint(), pairs), ask).results
+            return _measure(REWARD, name, len(pairs), self._kept(fingerprint_of(place), pairs), ask).results
 
         each = scores("preferences", _both(self.sets))
         for name, own in scored.items():

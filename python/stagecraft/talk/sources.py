@@ -7,14 +7,13 @@ import queue
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
-from pathlib import Path
 from typing import Any
 
-from stagecraft import generation, models
+from stagecraft import generation, places
 from stagecraft.data.rows import Message
 from stagecraft.errors import UserError
-from stagecraft.remote import connect, is_url, refusals
-from stagecraft.talk.places import Place
+from stagecraft.places import Place
+from stagecraft.remote import connect, refusals
 
 WHOLE, LIMIT, CUT = "stop", "length", "cut"  # how an answer ended: by itself, at the token limit, by the user
 GLANCE = 0.1  # seconds until a consumer that waits for a token looks whether it shall stop
@@ -179,9 +178,8 @@ class ServerSource(Source):
 
     _patience = 1.0  # it may not say a word for minutes, and waiting for it costs nobody anything
 
-    def __init__(self, place: Place, flag: str) -> None:
-        self._client, self._model = connect(place.path, flag)
-        self._flag = flag
+    def __init__(self, place: Place) -> None:
+        self._client, self._model = connect(place.path, place.flag)
         super().__init__(place, f"{self._model} on {place.path.partition('#')[0]}")
 
     def _reply(
@@ -189,7 +187,7 @@ class ServerSource(Source):
     ) -> tuple[str, str]:
         text, ended = "", WHOLE
         with (
-            refusals(self.place.path, self._flag),
+            refusals(self.place.path, self.place.flag),
             self._client.chat.completions.create(
                 model=self._model,
                 messages=messages,
@@ -209,49 +207,31 @@ class ServerSource(Source):
         self._client.close()
 
 
-def open_source(place: Place, dtype: str, flag: str) -> Source:
+def open_source(place: Place, dtype: str) -> Source:
     """Connect to the server, or load the model. Raises UserError where that fails."""
-    if is_url(place.path):
-        return ServerSource(place, flag)
-    base, adapter = place.folders
+    if place.kind == "server":
+        return ServerSource(place)
     try:
-        if adapter:
-            return LocalSource(place, *_load_adapted(base, adapter, dtype, flag))
-        return LocalSource(place, *generation.load(models.load_causal, base, dtype, flag))
+        return LocalSource(place, *places.load(place, dtype))
     except MemoryError as error:
-        raise UserError(f"{flag} {place.path}: does not fit into memory ({error})") from None
+        raise UserError(f"{place.flag} {place.path}: does not fit into memory ({error})") from None
     except RuntimeError as error:
         if "out of memory" not in str(error).lower():
             raise
-        raise UserError(f"{flag} {place.path}: does not fit into memory beside what is there") from None
+        raise UserError(f"{place.flag} {place.path}: does not fit into memory beside what is there") from None
 
 
-def open_all(places: list[Place], dtype: str, flag: str) -> list[Source]:
+def open_all(wanted: list[Place], dtype: str) -> list[Source]:
     """All of them, servers first: whether one answers is known before a model is loaded. In the order given."""
     opened: dict[Place, Source] = {}
     faults = []
-    for place in sorted(places, key=lambda place: not is_url(place.path)):
-        if faults and not is_url(place.path):
+    for place in sorted(wanted, key=lambda place: place.kind != "server"):
+        if faults and place.kind != "server":
             break
         try:
-            opened[place] = open_source(place, dtype, flag)
+            opened[place] = open_source(place, dtype)
         except UserError as error:
             faults.append(str(error))
     if faults:
         raise UserError(*faults)
-    return [opened[place] for place in places]
-
-
-def _load_adapted(base: str, adapter: str, dtype: str, flag: str) -> tuple[Any, Any]:
-    """(base with the adapter merged in memory, the tokenizer that came with the adapter)."""
-
-    def load(path: str, dtype: str) -> Any:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(models.load_causal(path, dtype=dtype), adapter)
-        return model.merge_and_unload().eval()
-
-    model, tokenizer = generation.load(load, base, dtype, flag)
-    if (Path(adapter) / "tokenizer.json").exists():
-        tokenizer = models.load_tokenizer(adapter)
-    return model, tokenizer
+    return [opened[place] for place in wanted]

@@ -8,7 +8,7 @@ from pathlib import Path
 from stagecraft.data import forms, rows
 from stagecraft.data.rows import Message
 from stagecraft.errors import UserError
-from stagecraft.talk import places
+from stagecraft.talk import naming
 from stagecraft.talk.appending import append_rows, check_file
 from stagecraft.talk.sources import CUT, LIMIT, Source
 
@@ -118,7 +118,7 @@ class Talk:
 
     def _model(self, word: str) -> None:
         if not word:
-            there = ", ".join(places.finished(self._recipe)) or "none"
+            there = ", ".join(naming.finished(self._recipe)) or "none"
             print(f"({self.source.about}; finished stages: {there}; /model PLACE takes another)")
             return
         source = self._open(word, "/model")

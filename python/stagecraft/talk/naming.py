@@ -1,34 +1,17 @@
-"""What a user calls a model -> where it is: a stage's name, a folder, BASE+ADAPTER or a server. No torch here."""
+"""What a user calls a model -> where it is: a stage's name besides all that stagecraft.places knows. No torch here."""
 
 from __future__ import annotations
 
 import difflib
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
-from stagecraft import generation
 from stagecraft.errors import UserError
+from stagecraft.places import Place, parted, read_place
 from stagecraft.remote import is_url
 
 STAGES = ("base", "pt", "sft", "dpo", "ppo")  # in the order of the pipeline; a reward model writes no text
 MOST = 4  # answers side by side; more are not read
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a model is (`path`: a folder, BASE+ADAPTER or URL[#MODEL]), and what to call it in front of a user."""
-
-    name: str
-    path: str
-
-    @property
-    def folders(self) -> tuple[str, str | None]:
-        """(the model's folder, the adapter's if it is BASE+ADAPTER)."""
-        if Path(self.path).is_dir():  # a folder's own name may hold a +
-            return self.path, None
-        base, _, adapter = self.path.partition("+")
-        return base, adapter or None
 
 
 def default_recipe() -> str:
@@ -59,13 +42,15 @@ def find(word: str, recipe: str, flag: str) -> Place:
     given, _, rest = word.partition("=")
     named = rest and given and not set(given) & set("/:#+.")
     name, path = (given, rest) if named else ("", word)
-    if is_url(path):
-        return Place(name or _server_name(path), path)
+    if is_url(path):  # asked when it is opened
+        return Place(name or _server_name(path), path, flag, path)
     if path in (*STAGES, "rm") and not Path(path).is_dir():
-        return Place(name or path, _of_stage(path, recipe, flag))
-    place = Place(name or _folder_name(path), path)
-    _check(place, flag)
-    return place
+        name, path = name or path, _of_stage(path, recipe, flag)
+    elif not Path(path).is_dir() and "+" not in path:
+        near = difflib.get_close_matches(path, (*STAGES, "rm"), 1)
+        hint = f'; did you mean the stage "{near[0]}"?' if near else f", and no stage ({', '.join(STAGES)})"
+        raise UserError(f"{flag} {path}: no such folder{hint}")
+    return read_place(name or _folder_name(path, flag), path, flag, merged=True)
 
 
 def find_all(words: list[str], recipe: str, flag: str) -> list[Place]:
@@ -95,41 +80,12 @@ def _of_stage(stage: str, recipe: str, flag: str) -> str:
             "" if stage == "ppo" else f"; run: make {stage} RECIPE={recipe}"
         )  # no recipe trains PPO in its chain
         raise UserError(f"{flag} {stage}: not finished for RECIPE={recipe} (finished: {there}){make}")
-    folder = f"outputs-{stage}/{recipe}/model"
-    generation.require_usable(folder, flag)
-    return folder
+    return f"outputs-{stage}/{recipe}/model"
 
 
-def _check(place: Place, flag: str) -> None:
-    base, adapter = place.folders
-    if adapter:
-        _check_adapter(place, base, adapter, flag)
-    elif Path(base).is_dir():
-        generation.require_usable(base, flag)
-    else:
-        near = difflib.get_close_matches(base, (*STAGES, "rm"), 1)
-        raise UserError(
-            f"{flag} {base}: no such folder"
-            + (f'; did you mean the stage "{near[0]}"?' if near else f", and no stage ({', '.join(STAGES)})")
-        )
-
-
-def _check_adapter(place: Place, base: str, adapter: str, flag: str) -> None:
-    """The adapter fits the base, and one of them knows how to talk."""
-    from stagecraft.merging.inputs import plan_merge
-
-    try:
-        plan_merge(base, [adapter], None, "auto")
-    except UserError as error:  # in the words of a merge, whose flags are not ours
-        lines = str(error).replace("--lora_model ", "").replace("--base_model ", "").splitlines()
-        raise UserError(*(f"{flag} {place.path}: {line}" for line in lines)) from None
-    if not (Path(adapter) / "chat_template.jinja").exists():
-        generation.require_usable(base, flag)
-
-
-def _folder_name(path: str) -> str:
+def _folder_name(path: str, flag: str) -> str:
     """outputs-sft/tiny/model is called sft; another folder as it is called, `model` and the like as the one above."""
-    base, adapter = Place("", path).folders
+    base, adapter = parted(path, flag)
     folder = Path(adapter or base)
     parts = folder.absolute().parts
     if len(parts) > 2 and parts[-3].startswith("outputs-") and parts[-1] in ("model", "adapter"):
