@@ -51,6 +51,8 @@ with tarfile.open(archive) as package:
         with tarfile.open(fileobj=io.BytesIO(brotli.decompress(packed))) as files:
             files.extractall(folder, filter="data")
     packed = package.extractfile("package/bin/chromium.br").read()
+fonts = folder / "fonts.conf"
+fonts.write_text(fonts.read_text().replace("/tmp/fonts", str(folder.parent.parent / "chromium" / "fonts")))
 binary = folder / "chromium.bin"
 binary.write_bytes(brotli.decompress(packed))
 binary.chmod(0o755)
