@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 PACKAGES = ("wandb", "swanlab")
+MODES = {"wandb": ("online", "offline", "disabled"), "swanlab": ("cloud", "local", "offline", "disabled")}
 PROJECT = "stagecraft"
 RUNS = "trackers.json"  # in checkpoints/: the ids of the runs to go on with
 PATIENCE = 3.0  # seconds for a server's answer
@@ -34,12 +35,19 @@ def asked_for(report_to: Any) -> list[str]:
 
 
 def require(report_to: Any) -> None:
-    """Raises UserError where --report_to names a package that is not installed. Imports none of them."""
-    faults = [
-        f"--report_to {name}: the package is not installed; run: make setup, or pip install {name}"
-        for name in asked_for(report_to)
-        if importlib.util.find_spec(name) is None
-    ]
+    """Raises UserError where --report_to names a package that is not installed, or its mode is none. Imports nothing."""
+    faults = []
+    for name in asked_for(report_to):
+        if importlib.util.find_spec(name) is None:
+            faults.append(
+                f"--report_to {name}: the package is not installed; run: make setup, or pip install {name}"
+            )
+        variable = f"{name.upper()}_MODE"
+        mode = os.environ.get(variable)
+        if mode == "":
+            del os.environ[variable]  # swanlab refuses an empty one
+        elif mode is not None and mode not in MODES[name]:
+            faults.append(f'{variable}="{mode}": must be one of {", ".join(MODES[name])}, or not set')
     if faults:
         raise UserError(*faults)
 
