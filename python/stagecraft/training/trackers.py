@@ -122,7 +122,13 @@ def _begin_wandb(name: str, ident: str, logs: Path, resumes: bool) -> str:
     )
     folder = logs.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    quiet = {"silent": True, "console": "off", "x_disable_meta": True, "x_disable_stats": True}
+    quiet = {
+        "silent": True,
+        "console": "off",
+        "x_disable_meta": True,
+        "x_disable_stats": True,
+        "x_disable_machine_info": True,
+    }
     quiet |= {"disable_git": True, "x_save_requirements": False, "disable_code": True, "init_timeout": 30.0}
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", PROJECT),
