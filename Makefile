@@ -63,7 +63,7 @@ GPUS ?=
 ## ARGS flags for the stages named on the command line, which then run again
 ARGS :=
 # These two as well: STAGE and FORMAT in an environment are most likely another program's.
-## STAGE whose model to export or to bench (several: STAGE="base sft"), or whose log to follow
+## STAGE whose model to export or bench, or whose log to follow
 STAGE := $(if $(filter logs bench-eval,$(GOALS)),,$(or $(lastword $(filter-out rm,$(STAGES))),base))
 ## FORMAT of make export: fp8 or int8
 FORMAT := fp8

@@ -8,8 +8,6 @@ is not measured again: the same command goes on after an interruption.
 """
 
 import multiprocessing
-import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,8 +43,6 @@ class BenchArguments:
 def main() -> None:
     [args] = parse(__doc__, BenchArguments)
     models, tasks = check(args)
-    if not sys.stderr.isatty():  # bars are for terminals
-        os.environ["TQDM_DISABLE"] = "1"
     backend = benchmarks.backend_of(args.backend)
     wanted = benchmarks.prepare(tasks, args.include_path)
     asked = {"backend": backend, "limit": args.limit, "num_fewshot": args.num_fewshot}
@@ -88,6 +84,7 @@ def in_own_process(folder: Path, name: str, *what: Any) -> None:
     try:
         process.join()
     except KeyboardInterrupt:
+        process.join(5)  # Ctrl-C reaches both, and it ends by itself
         process.terminate()
         process.join()
         raise

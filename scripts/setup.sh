@@ -145,7 +145,7 @@ if [[ -d $VENV ]] && is_stamped "$ENV_STAMP" "$env_hash"; then
     exit
   fi
 else
-  # Unpacked: 2.3 GB on the CPU (5 GB where pip finds only torch's CUDA build), the rest is pip's downloads.
+  # Unpacked: 2.4 GB on the CPU (5 GB where pip finds only torch's CUDA build), the rest is pip's downloads.
   python=$(find_python)
   need=$([[ $kind == gpu ]] && echo 20 || echo 4)
   free=$(($(df -Pk . | awk 'NR == 2 { print $4 }') / 1024 / 1024))

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import shutil
 import signal
+import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -216,3 +220,24 @@ def test_tensorboard_alone_asks_for_no_tracker(tmp_path: Path, flags: list[Any])
     assert "kept in" not in done.said
     assert not runs(folder, "wandb") + runs(folder, "swanlab")
     assert list((folder / "logs").glob("events*"))
+
+
+def test_a_taken_port_is_told_in_a_line(root: Path, tmp_path: Path):
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(root / "scripts" / "tensorboard.sh", tmp_path / "scripts")
+    (tmp_path / "outputs-sft" / "tiny" / "logs").mkdir(parents=True)
+
+    def tensorboard(port: object) -> subprocess.CompletedProcess[str]:
+        told = os.environ | {"RECIPE": "tiny", "PORT": str(port), "PYTHON": "echo"}
+        return subprocess.run(
+            [tmp_path / "scripts" / "tensorboard.sh"], env=told, check=False, capture_output=True, text=True
+        )
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        taken = tensorboard(port)
+    assert taken.returncode == 2
+    assert taken.stderr.startswith(f"PORT={port}: taken on 127.0.0.1; stop what listens there")
+    assert taken.stderr.count("\n") == 1
+    assert "--logdir_spec sft:outputs-sft/tiny/logs" in tensorboard(port).stdout  # free again
+    assert tensorboard("6006x").stderr == 'PORT="6006x": must be a port, 1 to 65535\n'

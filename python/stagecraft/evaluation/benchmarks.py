@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import functools
 import hashlib
 import importlib.util
 import json
@@ -201,8 +200,10 @@ def _no_bars_but_on_terminals() -> None:
     """The harness shows bars whatever TQDM_DISABLE says. Before it is imported, in a process of its own."""
     import tqdm
 
-    if not sys.stderr.isatty():
-        tqdm.tqdm.__init__ = functools.partialmethod(tqdm.tqdm.__init__, disable=True)
+    if sys.stderr.isatty():
+        return
+    begin = tqdm.tqdm.__init__
+    tqdm.tqdm.__init__ = lambda self, *words, **named: begin(self, *words, **(named | {"disable": True}))
 
 
 def _load(path: str, backend: str, batch_size: int | None) -> Any:
