@@ -98,7 +98,7 @@ ENV := $(filter cpu gpu,$(ENV))
 HOST := 127.0.0.1
 ## PORT port to listen on (empty: 8000 for serve, 6006 for tensorboard)
 PORT ?=
-## MODEL folder for chat, serve and bench-eval (empty: the newest finished model)
+## MODEL folder to chat with, serve or bench (empty: the newest finished model)
 MODEL ?=
 ## PYTHON an interpreter with the packages, instead of .venv
 PYTHON ?=

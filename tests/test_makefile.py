@@ -665,7 +665,18 @@ def test_help_setup_and_lint_work_with_a_wrong_recipe(kit: Kit):
 def test_help_shows_every_target_and_variable(kit: Kit):
     text = kit.run("make", "GPUS=0,1").stdout
     assert max(map(len, text.splitlines())) <= 100
-    for target in ("setup", "base", *STAGES, "merge-STAGE", "eval", "all", "chat", "serve", "tensorboard"):
+    for target in (
+        "setup",
+        "base",
+        *STAGES,
+        "merge-STAGE",
+        "eval",
+        "all",
+        "bench-eval",
+        "chat",
+        "serve",
+        "tensorboard",
+    ):
         assert re.search(rf"^  {target} +\w", text, re.MULTILINE), target
     for target in ("status", "logs", "data", "test", "lint", "clean-STAGE"):
         assert re.search(rf"^  {target} +\w", text, re.MULTILINE), target
