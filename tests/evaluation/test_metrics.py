@@ -1,7 +1,6 @@
 """Scores are what one row at a time gives, batches change nothing, intervals are known ones, faults are told."""
 
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from stagecraft import generation
 from stagecraft.data.rows import Document, Preference
 from stagecraft.errors import UserError
 from stagecraft.evaluation import metrics
-from stagecraft.evaluation.sets import Choice, Question, read_eval_sets
+from stagecraft.evaluation.sets import Choice, read_eval_sets
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (
@@ -225,72 +224,6 @@ def test_reward_scores_equal_single_rows_read_at_the_end_of_turn(reward, tokeniz
         with torch.inference_mode():
             assert score == pytest.approx(float(reward(input_ids=torch.tensor([ids])).logits), abs=1e-4)
             assert score != pytest.approx(float(reward(input_ids=torch.tensor([ids[:-1]])).logits), abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("right", "n", "low", "high"),
-    [(0, 10, 0.0, 0.2775), (8, 10, 0.4902, 0.9433), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962)],
-)
-def test_wilson_against_published_values(right, n, low, high):
-    assert metrics.wilson(right, n) == pytest.approx((low, high), abs=5e-5)
-
-
-def test_bootstrap_is_seeded_and_covers():
-    import numpy as np
-
-    losses = [(2.0 * n + 0.1 * n * (i % 7 - 3), n) for i, n in enumerate(range(20, 120))]
-    first = metrics.perplexity("m", losses, seed=1)
-    assert first == metrics.perplexity("m", losses, seed=1)
-    assert first.low != metrics.perplexity("m", losses, seed=2).low
-    assert first.value == pytest.approx(math.exp(sum(a for a, _ in losses) / sum(b for _, b in losses)))
-    rng = np.random.default_rng(0)
-    inside = 0
-    for _ in range(
-        200
-    ):  # documents of 50 tokens, mean loss 2: the interval should hold e^2 about 95 times in 100
-        drawn = [(50 * x, 50) for x in rng.normal(2.0, 0.3, 40)]
-        result = metrics.perplexity("m", drawn)
-        inside += result.low <= math.exp(2.0) <= result.high
-    assert 178 <= inside <= 198
-
-
-@pytest.mark.parametrize(
-    ("reply", "answer", "right"),
-    [
-        ("体温为３８．５ ℃，应就医。", "38.5℃", True),
-        ("多喝水、休息。", "多喝水, 休息", True),
-        ("应挂呼吸 内科。", "呼吸内科", True),
-        ("You should Drink\n plenty  of WATER", "drink plenty of water.", True),
-        ("它叫「流感」！", "“流感”", True),
-        ("take 2, 5 or 10", "5", True),
-        ("take 15 mg", "5 mg", False),
-        ("take 2.5mg", "5 mg", False),
-        ("in 1,500 ml", "500 ml", False),
-        ("heart rate", "heartrate", False),
-        ("<think>呼吸内科</think>皮肤科", "呼吸内科", False),
-        ("", "呼吸内科", False),
-    ],
-)
-def test_contains(reply, answer, right):
-    assert metrics.contains(reply, answer) is right
-
-
-def test_answer_accuracy_by_split():
-    rows = [Question(PROMPTS[0], "x", split, "a:1") for split in ("fact", "phrasing", "fact", None)]
-    results = metrics.answer_accuracy("m", rows, [("x", True), ("", False), ("", False), ("x", True)])
-    assert [(m.split, m.value, m.n, m.chance) for m in results] == [
-        ("fact", 0.5, 2, None),
-        ("phrasing", 0.0, 1, None),
-        (None, 1.0, 1, None),
-    ]
-
-
-def test_a_tie_is_no_success_and_nan_is_refused():
-    assert metrics.pair_accuracy("reward_accuracy", "rm", [(1.0, 1.0), (2.0, 1.0)]).value == 0.5
-    with pytest.raises(UserError, match="m: preference_accuracy: the model gives NaN"):
-        metrics.pair_accuracy("preference_accuracy", "m", [(float("nan"), 1.0)])
-    with pytest.raises(UserError, match="perplexity"):
-        metrics.perplexity("m", [(float("inf"), 3)])
 
 
 def write_rows(path, *rows):
