@@ -19,7 +19,6 @@ from stagecraft.data.rows import Message
 from stagecraft.errors import UserError
 from stagecraft.evaluation.results import Subject
 from stagecraft.merging.adapter import CONFIG
-from stagecraft.merging.hub import locate
 from stagecraft.merging.inputs import plan_merge
 from stagecraft.remote import connect, is_url
 
@@ -101,7 +100,9 @@ def read_places(words: list[str], merged: list[str], taken: str | None, faults: 
         if name not in names:
             faults.append(f'--merge_lora {name}: no model of --models is called "{name}"')
         elif name in found and found[name].kind != "adapter":
-            faults.append(f"--merge_lora {name}: {found[name].path} is no adapter, so there is nothing to merge")
+            faults.append(
+                f"--merge_lora {name}: {found[name].path} is no adapter, so there is nothing to merge"
+            )
     return list(found.values())
 
 
@@ -174,14 +175,16 @@ def template_hash(folder: Path) -> str | None:
     return hashlib.sha256(json.dumps(text).encode()).hexdigest()[:12] if text else None
 
 
-PROBE: list[Message] = [{"role": "user", "content": "Name three colours, then count to seven. 请再说一句话。"}]
+PROBE: list[Message] = [
+    {"role": "user", "content": "Name three colours, then count to seven. 请再说一句话。"}
+]
 
 
 def probe(place: Place) -> str:
     """What a server says to a fixed question: another model behind the same address says something else."""
-    from stagecraft.evaluation.engines import ServerWriter
+    from stagecraft.evaluation.engines import Server, Settings
 
-    return ServerWriter(place).replies([PROBE], 16, 1)[0].text
+    return Server(place, Settings(max_new_tokens=16)).replies([PROBE])[0].text
 
 
 def collect(faults: list[str], function: Callable[..., Any], *arguments: Any) -> Any:
