@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 recipe=${RECIPE:-tiny}
 if [[ -z ${STAGES:-} ]]; then
   STAGES=''
-  for stage in pt sft rm dpo; do
+  for stage in pt sft rm dpo ppo; do
     if [[ -f outputs-$stage/$recipe/DONE ]]; then STAGES+="$stage "; fi
   done
 fi
@@ -19,7 +19,7 @@ models=("base=outputs-base/$recipe/model") reward=() trained=()
 declare -A data=([pt]=${PT_DATA:-data/pretrain} [sft]=${SFT_DATA:-data/finetune} [rm]=${RM_DATA:-data/reward}
   [dpo]=${DPO_DATA:-data/reward})
 for stage in $STAGES; do
-  trained+=("$stage=${data[$stage]}")
+  if [[ -n ${data[$stage]:-} ]]; then trained+=("$stage=${data[$stage]}"); fi
   if [[ $stage == rm ]]; then
     reward=(--reward_model "outputs-rm/$recipe/model")
   else

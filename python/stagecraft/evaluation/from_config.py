@@ -63,14 +63,14 @@ def _place(where: str, entry: Any, faults: list[str]) -> tuple[str, bool] | None
     before = len(faults)
     if isinstance(entry, str):
         return entry, False
-    if not isinstance(entry, dict) or not isinstance(entry.get("model_path"), str) or not entry["model_path"]:
-        faults.append(f'{where}: needs "model_path": a folder, or the URL of a server')
-        entry = entry if isinstance(entry, dict) else {}
+    entry = entry if isinstance(entry, dict) else {}
     for key in entry:
         if key not in KEYS:
             near = difflib.get_close_matches(str(key), KEYS, n=1)
             hint = f'; did you mean "{near[0]}"?' if near else f" (there are {', '.join(KEYS)})"
             faults.append(f'{where}: unknown key "{key}"{hint}')
+    if len(faults) == before and not (isinstance(entry.get("model_path"), str) and entry["model_path"]):
+        faults.append(f'{where}: needs "model_path": a folder, or the URL of a server')
     flags: dict[str, bool] = {}
     for key in ("is_lora", "merge_lora"):
         if entry.get(key) is not None:
