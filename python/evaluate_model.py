@@ -19,12 +19,11 @@ from stagecraft.arguments import DTYPES, parse
 from stagecraft.errors import Stopped, UserError, run_main
 from stagecraft.evaluation import from_config, kept, leaks, metrics, outcomes, report, scoring
 from stagecraft.evaluation.engines import ENGINES, Settings, choose_engine
-from stagecraft.evaluation.results import Leak, Subject
+from stagecraft.evaluation.results import Subject
 from stagecraft.evaluation.sets import EvalSets, read_eval_sets
 from stagecraft.evaluation.subjects import REWARD, Place, collect, read_places
 from stagecraft.interrupts import Interrupted, Interrupts
 
-SHOWN_LEAKS = 10
 RECORDED = ("eval_dir", "max_eval_samples", "max_new_tokens", "batch_size", "torch_dtype", "beta", "seed")
 
 
@@ -83,6 +82,8 @@ def main() -> None:
                 f"eval: stopped by {signal}; what was measured is kept, the same command goes on from there"
             )
             raise Stopped(line, status=run.INTERRUPTED) from None
+        except Exception as error:
+            raise explained(error, args) from error
 
 
 def evaluate(
@@ -96,7 +97,7 @@ def evaluate(
     folder, versions = Path(args.output_dir), outcomes.versions()
     for name in sets.missing:
         print(f"skipped: {Path(args.eval_dir) / name}.jsonl is not there")
-    seen = find_leaks(sets, folders)
+    seen = outcomes.find_leaks(sets, folders)
     sets = leaks.without(sets, seen)
     measuring = scoring.Measuring(sets, settings, folder, versions)
     scores = {place.name: measuring.scores_of(place, args.reward_model is not None) for place in places}
@@ -124,25 +125,20 @@ def evaluate(
     print(f"serve: make serve RECIPE={outcome.recipe}")
 
 
-def find_leaks(sets: EvalSets, folders: dict[str, str]) -> list[Leak]:
-    """The evaluation rows that training has seen, the first of them printed."""
-    from tqdm import tqdm
+def explained(error: Exception, args: EvaluationArguments) -> Exception:
+    """A line to mend it by, where that is known of an error from below."""
+    from stagecraft.watching import is_full_disk, is_out_of_memory
 
-    if not folders:
-        return []
-    size = leaks.weigh(folders)
-    with tqdm(total=size, desc="training data", unit="B", unit_scale=True, leave=False, disable=None) as bar:
-        found = leaks.find(sets, folders, bar.update)
-    rows = sum(len(getattr(sets, name)) for name in leaks.SETS)
-    data = ", ".join(dict.fromkeys(folders.values()))
-    print(
-        f"leaks: {len(found):,} of {rows:,} evaluation rows stand in {data}{' and are left out' * bool(found)}"
-    )
-    for leak in found[:SHOWN_LEAKS]:
-        print(f"  {leak.where} is in {leak.source} ({leak.overlap:.0%}): {leak.text[:60]}")
-    if len(found) > SHOWN_LEAKS:
-        print(f"  ... and {len(found) - SHOWN_LEAKS:,} more, all in the report")
-    return found
+    if is_out_of_memory(error):
+        return UserError(
+            f"out of memory with --batch_size {args.batch_size} and --max_new_tokens {args.max_new_tokens}: lower one of "
+            "them, or give --torch_dtype bfloat16"
+        )
+    if is_full_disk(error, Path(args.output_dir)):
+        return UserError(
+            f"--output_dir {args.output_dir}: the disk is full; make room, then the same command goes on"
+        )
+    return error
 
 
 def check(args: EvaluationArguments) -> tuple[list[Place], EvalSets, dict[str, str], Settings]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -99,6 +100,7 @@ class Vllm(Model):
     @cached_property
     def engine(self) -> Any:
         """The engine, which takes most of the card while it is there."""
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM
 
         return LLM(

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from stagecraft import files
-from stagecraft.evaluation import metrics, text
-from stagecraft.evaluation.results import Outcome, Scores, Subject
+from stagecraft.evaluation import leaks, metrics, text
+from stagecraft.evaluation.results import Leak, Outcome, Scores, Subject
 from stagecraft.evaluation.sets import EvalSets
 from stagecraft.evaluation.subjects import Place
 
+SHOWN_LEAKS = 10
 PACKAGES = ("torch", "transformers", "peft", "vllm", "sacrebleu")
 
 
@@ -25,6 +26,27 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    return found
+
+
+def find_leaks(sets: EvalSets, folders: dict[str, str]) -> list[Leak]:
+    """The evaluation rows that training has seen; the first SHOWN_LEAKS are printed."""
+    from tqdm import tqdm
+
+    if not folders:
+        return []
+    size = leaks.weigh(folders)
+    with tqdm(total=size, desc="training data", unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        found = leaks.find(sets, folders, bar.update)
+    rows = sum(len(getattr(sets, name)) for name in leaks.SETS)
+    data = ", ".join(dict.fromkeys(folders.values()))
+    print(
+        f"leaks: {len(found):,} of {rows:,} evaluation rows stand in {data}{' and are left out' * bool(found)}"
+    )
+    for leak in found[:SHOWN_LEAKS]:
+        print(f"  {leak.where} is in {leak.source} ({leak.overlap:.0%}): {leak.text[:60]}")
+    if len(found) > SHOWN_LEAKS:
+        print(f"  ... and {len(found) - SHOWN_LEAKS:,} more, all in the report")
     return found
 
 
