@@ -11,7 +11,7 @@ The training files are streamed through processes; what stays in memory is of th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Any
 from stagecraft.data import intake, readers, rows
 from stagecraft.data.intake import Piece
 from stagecraft.data.rows import BadRow, Conversation, Document, Preference, Row
-from stagecraft.data.turns import Message
 from stagecraft.errors import UserError
 from stagecraft.evaluation import text
 from stagecraft.evaluation.results import Leak
-from stagecraft.evaluation.sets import EvalSets
+from stagecraft.evaluation.sets import Choice, EvalSets, Question
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,12 +38,11 @@ KINDS = {"pt": "pt", "sft": "sft", "rm": "rm", "dpo": "rm"}  # stage -> how its 
 
 @dataclass(frozen=True)
 class Wanted:
-    """An evaluation row: the set and place it is from, its text, and the hash that an equal training text has."""
+    """An evaluation row: its set, its place and the start of its text."""
 
     name: str
     where: str
     text: str
-    key: bytes
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Index:
     """The evaluation rows, made to be asked which of them a training row holds."""
 
     wanted: list[Wanted]
-    same: dict[bytes, list[int]]  # hash -> rows
+    same: dict[bytes, list[int]]  # hash that an equal training text has -> rows
     vocabulary: dict[str, int]  # unit -> 64 random bits; of the rows long enough for runs
     runs: list[np.ndarray]  # of each row: hashes of its runs, sorted; empty where it is too short
     anchors: np.ndarray  # its rarest runs, of which any near copy holds one, sorted
@@ -87,20 +85,24 @@ def find(
     Training rows that can't be read are passed over: they are no training rows either.
     """
     size, best = weigh(folders), {}
-    index = _index(list(_wanted(sets)))
+    index = _index(sets)
     seen: set[tuple[Path, str]] = set()
     for stage, folder in folders.items():
         files = readers.list_files(folder)
-        kind = KINDS[stage]
+        kind, left = KINDS[stage], sum(map(_bytes, files))
         new = [file for file in files if (file.resolve(), kind) not in seen]  # RM and DPO often share theirs
         seen.update((file.resolve(), kind) for file in files)
+        for read, hits in _compared(new, (kind, index), workers, size):
+            for source, row, overlap in hits:
+                if row not in best or overlap > best[row][1]:
+                    best[row] = (source, overlap)
+            left -= read
+            if progress:
+                progress(read)
         if progress:
-            progress(sum(map(_bytes, files)) - sum(map(_bytes, new)))
-        for source, row, overlap in _compared(new, (kind, index), workers, size, progress):
-            if row not in best or overlap > best[row][1]:
-                best[row] = (source, overlap)
+            progress(left)  # what was read before, and files that are read in one piece
     found = ((index.wanted[row], *best[row]) for row in sorted(best))
-    return [Leak(w.name, w.where, _quoted(w.text), source, overlap) for w, source, overlap in found]
+    return [Leak(w.name, w.where, w.text, source, overlap) for w, source, overlap in found]
 
 
 def without(sets: EvalSets, leaks: list[Leak]) -> EvalSets:
@@ -113,40 +115,42 @@ def without(sets: EvalSets, leaks: list[Leak]) -> EvalSets:
 # The evaluation rows
 
 
-def _wanted(sets: EvalSets) -> Iterator[Wanted]:
-    for row in sets.documents:
-        yield Wanted("documents", row.where, row.text, _key("document", [row.text]))
-    for name in ("answers", "choices"):
-        for row in getattr(sets, name):
-            turns = _turns(row.prompt)
-            yield Wanted(name, row.where, "\n".join(turns), _key("asked", turns))
-    for row in sets.preferences:
-        turns = [*_turns(row.prompt), row.chosen]
-        yield Wanted("preferences", row.where, "\n".join(turns), _key("answered", turns))
-
-
-def _index(wanted: list[Wanted]) -> Index:
+def _index(sets: EvalSets) -> Index:
     import numpy as np
 
-    same: dict[bytes, list[int]] = {}
-    for i, row in enumerate(wanted):
-        same.setdefault(row.key, []).append(i)
-    cut = [found if len(found := text.units(row.text)) >= GRAM else [] for row in wanted]
-    names = dict.fromkeys(unit for found in cut for unit in found)
+    wanted, same, cut = [], {}, []
+    for name in SETS:
+        for row in getattr(sets, name):
+            turns = _turns(row)
+            *_, key = _prefixes(_normal(turns))
+            same.setdefault(key, []).append(len(wanted))
+            wanted.append(Wanted(name, row.where, _quoted(" ".join(words for _, words in turns))))
+            units = text.units("\n".join(words for _, words in turns))
+            cut.append(units if len(units) >= GRAM else [])
+    names = dict.fromkeys(unit for units in cut for unit in units)
     bits = np.random.default_rng(0).integers(1, 1 << 63, len(names), np.int64).tolist()
     vocabulary = dict(zip(names, bits, strict=True))
-    runs = [np.unique(_runs([vocabulary[unit] for unit in found])) for found in cut]
-    values, counts = np.unique(np.concatenate([np.zeros(0, np.uint64), *runs]), return_counts=True)
-    anchors, owners = [], []
+    runs = [np.unique(_runs([vocabulary[unit] for unit in units])) for units in cut]
+    return Index(wanted, same, vocabulary, runs, *_anchors(runs))
+
+
+def _anchors(runs: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(runs, whose they are): so many of each row that a training row without any of them can't hold SHARE of it.
+
+    The rarest are taken, so that a sentence which all rows share does not make every training row worth a look.
+    """
+    import numpy as np
+
+    none = np.zeros(0, np.uint64)
+    values, counts = np.unique(np.concatenate([none, *runs]), return_counts=True)
+    anchors, owners = [none], [np.zeros(0, np.int64)]
     for i, found in enumerate(runs):
         rare = found[np.argsort(counts[np.searchsorted(values, found)], kind="stable")]
-        rare = rare[: len(found) - math.ceil(SHARE * len(found)) + 1]
-        anchors.append(rare)
-        owners.append(np.full(len(rare), i))
-    joined = np.concatenate([np.zeros(0, np.uint64), *anchors])
-    order = np.argsort(joined, kind="stable")
-    owned = np.concatenate([np.zeros(0, np.int64), *owners])
-    return Index(wanted, same, vocabulary, runs, joined[order], owned[order])
+        enough = len(found) - math.ceil(SHARE * len(found)) + 1
+        anchors.append(rare[:enough])
+        owners.append(np.full(len(rare[:enough]), i))
+    order = np.argsort(np.concatenate(anchors), kind="stable")
+    return np.concatenate(anchors)[order], np.concatenate(owners)[order]
 
 
 def _runs(bits: list[int]) -> np.ndarray:
@@ -169,22 +173,16 @@ def _runs(bits: list[int]) -> np.ndarray:
 
 
 def _compared(
-    files: list[Path],
-    context: tuple[str, Index],
-    workers: int | None,
-    size: int,
-    progress: Callable[[int], Any] | None,
-) -> Iterator[tuple[str, int, float]]:
-    """(place of a training row, evaluation row, overlap) wherever one is in the other."""
+    files: list[Path], context: tuple[str, Index], workers: int | None, size: int
+) -> Iterator[tuple[int, list[tuple[str, int, float]]]]:
+    """Piece by piece: (bytes read, [(place of a training row, evaluation row that it holds, overlap)])."""
     numbers: dict[str, int] = {}
     tasks = intake.pieces(files)
     for piece, (found, used) in intake.ordered_map(_look, tasks, context, intake.workers_for(workers), size):
         base = numbers.get(piece.file, 0)
         numbers[piece.file] = base + used
-        for number, row, overlap in found:
-            yield readers.place(piece.file, base + number), row, overlap
-        if progress and piece.chunk:
-            progress(max(0, piece.chunk.end - piece.chunk.start))
+        hits = [(readers.place(piece.file, base + number), row, overlap) for number, row, overlap in found]
+        yield (max(0, piece.chunk.end - piece.chunk.start) if piece.chunk else 0), hits
 
 
 def _look(piece: Piece) -> tuple[list[tuple[int, int, float]], int]:
@@ -197,63 +195,60 @@ def _look(piece: Piece) -> tuple[list[tuple[int, int, float]], int]:
             row = rows.canonical(value, kind, "")
         except BadRow:
             continue
-        same = {i for key in _keys(row) for i in index.same.get(key, ())}
+        turns = _normal(_turns(row))
+        same = {i for key in _keys(turns) for i in index.same.get(key, ())}
         found += [(number, i, 1.0) for i in sorted(same)]
-        found += [(number, i, share) for i, share in _near(rows.text_of(row), index) if i not in same]
+        words = [words for _, words in turns]
+        if isinstance(row, Preference):
+            words.append(text.normalise(row.rejected))
+        found += [(number, i, share) for i, share in _near("\n".join(words), index) if i not in same]
     return found, used
 
 
-def _near(training: str, index: Index) -> Iterator[tuple[int, float]]:
+def _near(normal: str, index: Index) -> Iterator[tuple[int, float]]:
     """(evaluation row, share of its runs in this text) of those with SHARE or more."""
     import numpy as np
 
-    if not len(index.anchors):
-        return
     known = index.vocabulary
-    here = np.unique(_runs([known.get(unit, 0) for unit in text.units(training)]))
-    first = np.searchsorted(index.anchors, here)
-    last = np.searchsorted(index.anchors, here, "right")
-    hits = [index.owners[a:b] for a, b in zip(first, last, strict=True) if b > a]
-    for i in np.unique(np.concatenate(hits)) if hits else ():
-        share = float(np.isin(index.runs[i], here, assume_unique=True).mean())
+    here = _runs([known.get(unit, 0) for unit in text.units_of_normal(normal)])
+    first, last = (np.searchsorted(index.anchors, here, side) for side in ("left", "right"))
+    held = [index.owners[first[i] : last[i]] for i in np.flatnonzero(last > first)]
+    for row in np.unique(np.concatenate(held)) if held else ():
+        share = float(np.isin(index.runs[row], here).mean())
         if share >= SHARE:
-            yield int(i), share
+            yield int(row), share
 
 
-def _keys(row: Row) -> Iterator[bytes]:
-    """Hashes of what an evaluation row could be equal to in this training row."""
+# Both
+
+
+def _turns(row: Row | Question | Choice) -> list[tuple[str, str]]:
+    """(role, text) of a row's turns, a preference's better answer the last one; no system prompt."""
     if isinstance(row, Document):
-        yield _key("document", [row.text])
-    elif isinstance(row, Conversation):
-        yield from _asked(row.messages)
-    elif isinstance(row, Preference):
-        yield from _asked(row.prompt)
-        yield _key("answered", [*_turns(row.prompt), row.chosen])
+        return [("document", row.text)]
+    messages = row.messages if isinstance(row, Conversation) else row.prompt
+    turns = [(turn["role"], turn["content"]) for turn in messages if turn["role"] != "system"]
+    return [*turns, ("assistant", row.chosen)] if isinstance(row, Preference) else turns
 
 
-def _asked(messages: list[Message]) -> Iterator[bytes]:
-    """A hash of every user turn, and of every exchange up to one."""
-    before: list[str] = []
-    for message in messages:
-        if message["role"] == "system":
-            continue
-        if message["role"] == "user":
-            yield _key("asked", [message["content"]])
-            if before:
-                yield _key("asked", [*before, message["content"]])
-        elif message["role"] == "assistant" and before:
-            yield _key("answered", [*before, message["content"]])
-        before.append(message["content"])
+def _normal(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(role, text.normalise(words).strip(text.EDGES)) for role, words in turns]
 
 
-def _turns(messages: list[Message]) -> list[str]:
-    return [message["content"] for message in messages if message["role"] != "system"]
+def _keys(turns: list[tuple[str, str]]) -> Iterator[bytes]:
+    """Hashes of what an evaluation row could be equal to in a training row: its start, or one of its questions."""
+    yield from _prefixes(turns)
+    for role, words in turns[1:]:
+        if role == "user":
+            yield from _prefixes([(role, words)])
 
 
-def _key(kind: str, turns: Iterable[str]) -> bytes:
-    """16 bytes that texts share which differ in width, case, white space and the punctuation at their edges only."""
-    parts = [kind, *(text.normalise(turn).strip(text.EDGES) for turn in turns)]
-    return blake2b("\x1f".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def _prefixes(turns: list[tuple[str, str]]) -> Iterator[bytes]:
+    """16 bytes for the first turn, for the first two, and so on."""
+    hashed = blake2b(digest_size=16)
+    for role, words in turns:
+        hashed.update(f"{role}\x1f{words}\x1e".encode("utf-8", "surrogatepass"))
+        yield hashed.digest()
 
 
 def _quoted(words: str) -> str:

@@ -152,22 +152,18 @@ def _views(
 
 
 def _perplexity(model: str, scores: Scores) -> Iterator[View]:
-    import numpy as np
-
     if scores.documents:
         _require_finite(model, "perplexity", _nats(scores.documents))
         rows = [(row.nats, row.tokens) for row in scores.documents]
-        yield View("perplexity", _array(rows), lambda sums: np.exp(-_ratio(sums)))
+        yield View("perplexity", _array(rows), _exp_of_loss)
 
 
 def _bits_per_byte(model: str, scores: Scores, sets: EvalSets) -> Iterator[View]:
     if scores.documents:
         _require_finite(model, "bits_per_byte", _nats(scores.documents))
-        texts = [row.text.encode("utf-8") for row in sets.documents]
-        rows = [
-            (-row.nats / math.log(2), len(text)) for row, text in zip(scores.documents, texts, strict=True)
-        ]
-        yield View("bits_per_byte", _array(rows), _ratio)
+        bits = [-row.nats / math.log(2) for row in scores.documents]
+        sizes = [len(row.text.encode("utf-8")) for row in sets.documents]
+        yield View("bits_per_byte", _array(list(zip(bits, sizes, strict=True))), _ratio)
 
 
 def _answer_accuracy(scores: Scores, sets: EvalSets) -> Iterator[View]:
@@ -210,7 +206,9 @@ def _choice_accuracy(model: str, scores: Scores, sets: EvalSets) -> Iterator[Vie
 
 def _preference_accuracy(model: str, scores: Scores) -> Iterator[View]:
     if scores.preferences:
-        _require_finite(model, "preference_accuracy", _nats(sum(scores.preferences, ())))
+        _require_finite(
+            model, "preference_accuracy", _nats(row for pair in scores.preferences for row in pair)
+        )
         pairs = [[row.nats / row.tokens for row in pair] for pair in scores.preferences]
         yield _share("preference_accuracy", [chosen > rejected for chosen, rejected in pairs], chance=0.5)
 
@@ -246,17 +244,19 @@ def _of_answers(metric: str, scores: Scores, number: Callable[[Reply], float]) -
 
 
 def _speed(scores: Scores) -> Iterator[View]:
-    if sum(seconds for _, seconds in scores.batches):
-        yield View("tokens_per_second", _array(scores.batches), _ratio)
+    timed = [(tokens, seconds) for tokens, seconds in scores.batches if seconds > 0]
+    if timed:
+        yield View("tokens_per_second", _array(timed), _ratio)
 
 
 # Small parts
 
 
 def _metric(model: str, view: View, seed: int) -> Metric:
-    numbers = (view.value, *view.interval(seed))
-    _require_finite(model, view.metric, numbers)
-    value, low, high = numbers
+    value = view.value
+    _require_finite(model, view.metric, [value])
+    low, high = view.interval(seed)
+    _require_finite(model, view.metric, [low, high])
     return Metric(view.metric, view.split, model, value, len(view.rows), low, high, view.chance)
 
 
@@ -322,6 +322,13 @@ def _mean(metric: str, values: Iterable[float], against: float | None = None) ->
 
 def _ratio(sums: np.ndarray) -> np.ndarray:
     return sums[:, 0] / sums[:, 1]
+
+
+def _exp_of_loss(sums: np.ndarray) -> np.ndarray:
+    import numpy as np
+
+    with np.errstate(over="ignore"):  # infinity is refused where the metric is made
+        return np.exp(-_ratio(sums))
 
 
 def _array(rows: Any) -> np.ndarray:

@@ -74,7 +74,11 @@ def randomisation(after: np.ndarray, before: np.ndarray, of_sums: OfSums, seed: 
 def mcnemar(only_after: int, only_before: int) -> float:
     """Exact p of McNemar's test: of rows that one model alone has right, is it either model's as often?"""
     n, few = only_after + only_before, min(only_after, only_before)
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(few + 1)) / 2**n)
+    ways = total = 1  # to choose none of n
+    for k in range(few):
+        ways = ways * (n - k) // (k + 1)
+        total += ways
+    return min(1.0, 2 * total / 2**n)
 
 
 def paired_shares(only_after: int, only_before: int, n: int) -> tuple[float, float]:
@@ -93,7 +97,8 @@ def _drawn(n: int, seed: int) -> Iterator[np.ndarray]:
 
     rng = np.random.default_rng(seed)
     for count in _blocks(RESAMPLES, n):
-        yield np.stack([np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(count)]).astype(float)
+        places = rng.integers(0, n, (count, n)) + n * np.arange(count)[:, None]
+        yield np.bincount(places.ravel(), minlength=count * n).reshape(count, n).astype(float)
 
 
 def _flips(n: int, seed: int) -> Iterator[np.ndarray]:

@@ -31,7 +31,7 @@ _THINKING = re.compile(r"\A(?:(?!<think>).)*?</think>|<think>.*?(?:</think>|\Z)"
 _WIDE_RANGES = "\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
 _WIDE = f"[{_WIDE_RANGES}]"
 _HAN = re.compile("[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-_UNIT = re.compile(rf"(?=\w){_WIDE}|[^\W{_WIDE_RANGES}]+")
+_UNIT = re.compile(rf"(?=\w){_WIDE}|\d+|[^\W\d{_WIDE_RANGES}]+")
 REPEATED = 4  # units of what counts as repeated: three words in a row recur in good answers too
 # White space counts between two words or two numbers of a script that writes spaces, and after "2," or "2." (to
 # tell "2, 5" from "2,5"); not beside wide characters or other punctuation, nor between a number and its unit.
@@ -74,7 +74,12 @@ def exact(reply: str, reference: str) -> bool:
 
 def units(text: str) -> list[str]:
     """The text's words, normalised; scripts written without spaces (and Hangul) count by characters."""
-    return _UNIT.findall(normalise(text))
+    return units_of_normal(normalise(text))
+
+
+def units_of_normal(normal: str) -> list[str]:
+    """The units of a text that is normalised already."""
+    return _UNIT.findall(normal)
 
 
 def rouge_l(reply: str, reference: str) -> float:
@@ -109,7 +114,7 @@ def signatures(references: Sequence[str]) -> dict[str, str]:
 def _longest_common(a: Sequence[str], b: Sequence[str]) -> int:
     """Length of the longest common subsequence, a bit for each unit of `a` (Hyyrö, 2004).
 
-    30 times as fast as a table of all pairs, which took longer than the replies had taken to write.
+    ROUGE-L of 500 words takes 1 ms; rouge_score, which fills a table of all pairs, took 38 ms.
     """
     places: dict[str, int] = {}
     for i, unit in enumerate(a):
