@@ -56,7 +56,9 @@ def executable() -> str:
         if note.is_file() and Path(note.read_text().strip()).is_file():
             return note.read_text().strip()
     found = next(filter(None, map(shutil.which, ON_PATH)), None)
-    assert found, "no Chromium: run scripts/setup.sh test, which installs one, or set CHROMIUM=/path/to/chrome"
+    assert found, (
+        "no Chromium: run scripts/setup.sh test, which installs one, or set CHROMIUM=/path/to/chrome"
+    )
     return found
 
 

@@ -27,6 +27,7 @@ ADVICE = (
     "The sample data and whatever models trained on it say are there to show the kit at work. None of it is medical "
     "advice."
 )
+NOTHING = "No metric: there was nothing that could be measured."
 SHOWN_LEAKS = 50  # all of them are in report.json
 
 
@@ -50,7 +51,7 @@ def _rows(outcome: Outcome) -> list[dict[str, Metric]]:
 
 def _table(outcome: Outcome) -> list[str]:
     if not outcome.metrics:
-        return ["No metric: there were no rows to measure on."]
+        return [NOTHING]
     names = columns(outcome)
     lines = [
         _row(["metric", "split", "n", "chance", *names]),

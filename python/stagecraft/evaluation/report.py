@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stagecraft.evaluation import markdown, page
+from stagecraft.evaluation.markdown import NOTHING
 from stagecraft.evaluation.results import Comparison, Metric, Outcome
 from stagecraft.evaluation.verdicts import (
     CLEAR,
@@ -80,6 +81,8 @@ def table(outcome: Outcome, width: int = WIDTH) -> str:
     Models that don't fit into `width` columns follow in a second table, with the rows they have values for.
     """
     metrics = outcome.metrics
+    if not metrics:
+        return NOTHING
     blocks: list[list[str]] = [[]]
     for name in columns(outcome):
         if blocks[-1] and display_width(_block(metrics, [*blocks[-1], name])[0]) > width:
@@ -109,8 +112,9 @@ def comparisons(outcome: Outcome, width: int = WIDTH) -> str:
 def _difference(c: Comparison) -> list[str]:
     """'answers: right (phrasing)', '+0.920', '±0.047', 'p<.001'."""
     digits = measure(c.metric).digits
-    half = number((c.high - c.low) / 2, digits)
-    return [title(c), signed(c.difference, digits), f"±{half}", chance_of(c.p).replace(" ", "")]
+    value = signed(c.difference, digits)
+    half = number((c.high - c.low) / 2, len(value.partition(".")[2]))
+    return [title(c), value, f"±{half}", chance_of(c.p).replace(" ", "")]
 
 
 def _columns(cells: list[list[str]], width: int) -> list[str]:

@@ -41,7 +41,7 @@ class Stage:
             "better": f"{self.model} is better than {self.before}",
             "worse": f"{self.model} is worse than {self.before}",
             "mixed": f"{self.model} gained and lost against {self.before}",
-            "unclear": f"No clear difference between {self.model} and {self.before}",
+            "unclear": f"{self.model} is not clearly better or worse than {self.before}",
         }[self.verdict]
         counts = [
             f"{len(self.found(verdict))} {verdict}"
