@@ -82,6 +82,8 @@ def main() -> None:
                 f"eval: stopped by {signal}; what was measured is kept, the same command goes on from there"
             )
             raise Stopped(line, status=run.INTERRUPTED) from None
+        except UserError:
+            raise
         except Exception as error:
             raise explained(error, args) from error
 
