@@ -217,8 +217,8 @@ def test_all_runs_every_stage_with_the_models_and_data_it_needs(built: Kit):
     assert calls["eval"] == (
         "python/evaluate_model.py --config recipes/tiny/eval.yaml --models base=outputs-base/tiny/model "
         "pt=outputs-pt/tiny/model sft=outputs-sft/tiny/model dpo=outputs-dpo/tiny/model "
-        "--reward_model outputs-rm/tiny/model --eval_dir data/eval --output_dir outputs-eval/tiny "
-        "--overwrite_output_dir"
+        "--reward_model outputs-rm/tiny/model --eval_dir data/eval --train_data pt=data/pretrain "
+        "sft=data/finetune rm=data/reward dpo=data/reward --output_dir outputs-eval/tiny --overwrite_output_dir"
     )
 
 

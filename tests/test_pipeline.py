@@ -65,8 +65,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def value(finished: Path) -> dict[tuple[str, str | None, str], float]:
     report = json.loads((finished / "outputs-eval" / "tiny" / "report.json").read_text())
-    assert report["schema"] == 1 and report["recipe"] == "tiny"
-    assert [model["name"] for model in report["models"]] == ["base", "pt", "sft", "dpo", "rm"]
+    assert report["schema"] == 2 and report["recipe"] == "tiny"
+    assert [subject["name"] for subject in report["subjects"]] == ["base", "pt", "sft", "dpo", "rm"]
     for metric in report["metrics"]:
         assert set(metric) == {"metric", "split", "model", "value", "n", "low", "high", "chance"}
         assert metric["low"] <= metric["value"] <= metric["high"] and metric["n"] > 0

@@ -12,6 +12,7 @@ import functools
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ DECIDED = {
     "do_predict": "use evaluate_model.py",
 }
 
+Lines = list[tuple[str, str, Any]]  # of a YAML file: (file:line, key, value)
 ON_BAD_ROWS = ("error", "skip")
 ON_LONG_ROWS = ("drop_turns", "truncate", "skip", "error")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -224,13 +226,18 @@ class RunArguments:
 
 
 def parse(
-    description: str, *groups: type, trainer: str | None = None, argv: list[str] | None = None
+    description: str,
+    *groups: type,
+    trainer: str | None = None,
+    argv: list[str] | None = None,
+    translate: Callable[[Lines, list[str]], Lines] | None = None,
 ) -> list[Any]:
     """Read `--config A.yaml B.yaml` left to right, then flags, into one instance of each dataclass.
 
     With `trainer` (a key of TRAINERS) the last element of the result is a dict of the trainer flags that were
     set. Raises UserError naming every unknown or malformed key, each with the nearest real one. `--check_flags`
-    ends the program here, in silence when all is well: a chain of stages looks ahead with it.
+    ends the program here, in silence when all is well: a chain of stages looks ahead with it. `translate` may tell
+    the lines of a YAML file in other words first; what it finds wrong it adds to the list it is given.
     """
     flags = {flag.name: flag for group in groups for flag in dataclass_flags(group)}
     for name, flag in trainer_flags(trainer).items() if trainer else ():
@@ -244,7 +251,8 @@ def parse(
     settings: dict[str, tuple[str, Any]] = {}  # name -> (where it was set, value)
     paths = written.pop("config", [])
     for path in paths:
-        for where, name, value in _from_yaml(path, faults):
+        lines = _from_yaml(path, faults)
+        for where, name, value in translate(lines, faults) if translate else lines:
             _set(settings, flags, faults, where, name, value, dashes="")
     for name, value in written.items():
         _set(settings, flags, faults, "", name, value, dashes="--")
@@ -354,7 +362,7 @@ def _is_full(flag: Flag | None, words: list[str]) -> bool:
     return flag is not None and not flag.is_list and len(words) >= 1
 
 
-def _from_yaml(path: str, faults: list[str]) -> list[tuple[str, str, Any]]:
+def _from_yaml(path: str, faults: list[str]) -> Lines:
     """A recipe file -> [(file:line, key, value)]; faults are added, not raised."""
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -380,7 +388,7 @@ def _from_yaml(path: str, faults: list[str]) -> list[tuple[str, str, Any]]:
     if not isinstance(values, dict):
         faults.append(f'{path}:1: must hold "flag: value" lines')
         return []
-    found: list[tuple[str, str, Any]] = []
+    found: Lines = []
     seen: set[str] = set()
     for key, _ in node.value:
         where = f"{path}:{key.start_mark.line + 1}"

@@ -7,7 +7,7 @@ attention never looks there); generation pads on the left, so that every prompt 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,27 +16,36 @@ from stagecraft import models
 from stagecraft.console import settle_libraries
 from stagecraft.data.rows import Message
 from stagecraft.errors import UserError
+from stagecraft.evaluation.results import Likelihood, Reply
 
 if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[int], Any]  # called with the number of rows (of a long document: windows) just finished
+# What computes the rows of these numbers as one batch, and what is asked for a batch instead of calling it at once:
+# evaluation keeps finished batches on the disk, so that an interrupted one goes on. Results are JSON's own types.
+Compute = Callable[[list[int]], list[Any]]
+Keep = Callable[[list[int], Compute], list[Any]]
 
 # Logits of one scoring batch: 2**26 float32 are 256 MB. One row may exceed it; it then goes alone.
 MAX_LOGITS = 1 << 26
 # A document longer than this is scored in windows, whatever the model could hold.
 MAX_WINDOW = 2048
+# After so many tokens the rows that have ended leave a batch, and hold it up no longer. Of 8 to 48 the fewest that
+# cost nothing where all replies are equally long; 302 replies of 1 to 40 tokens took .88 s instead of 1.13.
+TOGETHER = 16
 INDEX = "model.safetensors.index.json"
 
 
-def require_usable(path: str, flag: str, reward: bool = False) -> None:
+def require_usable(path: str, flag: str, reward: bool = False, tokenizer_path: str | None = None) -> None:
     """Check cheaply, before torch is imported, that a folder is a complete model with a chat template.
 
     `reward`: it must be a reward model, otherwise it must be none (transformers would load one for the other and
-    fill in random weights). Raises UserError listing what is wrong.
+    fill in random weights). `tokenizer_path`: the folder of another tokenizer, where an adapter brings one. Raises
+    UserError listing what is wrong.
     """
-    folder = Path(path)
+    folder, words = Path(path), Path(tokenizer_path or path)
     if not folder.is_dir():
         raise UserError(
             f"{flag} {path}: no such folder; a stage leaves its model in outputs-STAGE/RECIPE/model (`make status`), "
@@ -47,7 +56,7 @@ def require_usable(path: str, flag: str, reward: bool = False) -> None:
     try:
         config, tokenizer = (
             json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-            for file in (folder / "config.json", folder / "tokenizer_config.json")
+            for file in (folder / "config.json", words / "tokenizer_config.json")
         )
         shards = json.loads(index.read_text())["weight_map"] if (index := folder / INDEX).exists() else {}
     except (ValueError, KeyError) as error:
@@ -62,17 +71,19 @@ def require_usable(path: str, flag: str, reward: bool = False) -> None:
         faults.append(
             f"{flag} {path}: {'not a reward model' if reward else 'a reward model, which writes no text'} ({kind})"
         )
-    templates = [folder / "chat_template.jinja", folder / "chat_template.json"]
+    templates = [words / "chat_template.jinja", words / "chat_template.json"]
     if not tokenizer.get("chat_template") and not any(file.exists() for file in templates):
         faults.append(
-            f"{flag} {path}: its tokenizer has no chat template, so it can't be asked as it was trained; SFT with "
+            f"{flag} {words}: its tokenizer has no chat template, so it can't be asked as it was trained; SFT with "
             "--template_name leaves a model with one"
         )
     if faults:
         raise UserError(*faults)
 
 
-def load(load_model: Callable[..., Any], path: str, dtype: str, flag: str) -> tuple[Any, Any]:
+def load(
+    load_model: Callable[..., Any], path: str, dtype: str, flag: str, tokenizer_path: str | None = None
+) -> tuple[Any, Any]:
     """(model, tokenizer) by models.load_causal or models.load_reward. Raises UserError for what can't be loaded."""
     settle_libraries()
     from safetensors import SafetensorError
@@ -80,7 +91,7 @@ def load(load_model: Callable[..., Any], path: str, dtype: str, flag: str) -> tu
 
     logging.disable_progress_bar()
     try:
-        return load_model(path, dtype=dtype), models.load_tokenizer(path)
+        return load_model(path, dtype=dtype), models.load_tokenizer(tokenizer_path or path)
     except (OSError, ValueError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{flag} {path}: can't be loaded: {reason}") from None
@@ -103,7 +114,12 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids that end a reply: the template's end of turn, the tokenizer's eos and the model's own."""
-    own = model.generation_config.eos_token_id
+    return stops_of(model.generation_config, tokenizer)
+
+
+def stops_of(settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The same by the model's generation_config.json."""
+    own = settings.eos_token_id
     own = own if isinstance(own, list) else [own]
     ids = [*end_of_turn(tokenizer), tokenizer.eos_token_id, *own]
     return list(dict.fromkeys(token for token in ids if token is not None))
@@ -117,26 +133,69 @@ def generate_replies(
     batch_size: int = 32,
     progress: Progress | None = None,
     padding_side: str = "left",
-) -> list[str]:
+    keep: Keep | None = None,
+) -> list[Reply]:
     """The model's greedy reply to each conversation, without special tokens, in the order of `prompts`.
 
     Greedy means greedy: the sampling settings and the repetition penalty that a model folder may bring are set
     aside. A batch equals one prompt at a time as far as the arithmetic does (near-ties in bf16 may differ).
     """
+    ids = prompt_ids(tokenizer, prompts)
+    stops = stop_ids(model, tokenizer)
+
+    def compute(batch: list[int]) -> list[Any]:
+        written = _write(model, tokenizer, [ids[i] for i in batch], max_new_tokens, padding_side)
+        return [read_reply(tokenizer, words, stops) for words in written]
+
+    return [Reply(*found) for found in in_batches(_batches(ids, batch_size), compute, progress, keep)]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[list[Message]]) -> list[list[int]]:
+    """The token ids of conversations up to where the next reply begins."""
+    return _tokenise(tokenizer, [render_prompt(tokenizer, messages) for messages in prompts])
+
+
+def read_reply(tokenizer: PreTrainedTokenizerBase, written: list[int], stops: list[int]) -> tuple[Any, ...]:
+    """(text, tokens, whether it stopped by itself) of what a model wrote; after the first stop token nothing counts."""
+    end = next((i for i, token in enumerate(written) if token in stops), None)
+    text = tokenizer.decode(written if end is None else written[: end + 1], skip_special_tokens=True)
+    return text.strip(), len(written) if end is None else end, end is not None
+
+
+def _write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[list[int]],
+    max_new_tokens: int,
+    padding_side: str,
+) -> list[list[int]]:
+    """What the model writes after each prompt of a batch. Rows that have ended leave it every TOGETHER tokens."""
     import torch
 
-    ids = _tokenise(tokenizer, [render_prompt(tokenizer, messages) for messages in prompts])
-    replies = [""] * len(ids)
-    with torch.inference_mode(), _settings(model, greedy(model, tokenizer, max_new_tokens)):
-        for batch in _batches(ids, batch_size):
-            tokens, mask = _pad([ids[i] for i in batch], tokenizer.pad_token_id, padding_side)
-            out = model.generate(input_ids=tokens.to(model.device), attention_mask=mask.to(model.device))
-            texts = tokenizer.batch_decode(out[:, tokens.shape[1] :], skip_special_tokens=True)
-            for i, text in zip(batch, texts, strict=True):
-                replies[i] = text.strip()
-            if progress:
-                progress(len(batch))
-    return replies
+    tokens, mask = (part.to(model.device) for part in _pad(ids, tokenizer.pad_token_id, padding_side))
+    width, stops = tokens.shape[1], torch.tensor(stop_ids(model, tokenizer), device=model.device)
+    written: list[list[int]] = [[] for _ in ids]
+    rows = torch.arange(len(ids), device=model.device)  # which rows are still in the batch
+    cache = None
+    while True:
+        left = min(TOGETHER, max_new_tokens + width - tokens.shape[1])
+        with torch.inference_mode(), _settings(model, greedy(model, tokenizer, left)):
+            out = model.generate(
+                input_ids=tokens, attention_mask=mask, past_key_values=cache, return_dict_in_generate=True
+            )
+        new = out.sequences[:, tokens.shape[1] :]
+        tokens, cache = out.sequences, out.past_key_values
+        open_ = ~torch.isin(new, stops).any(1)
+        over = tokens.shape[1] - width >= max_new_tokens or not open_.any()
+        for row, words in zip(rows.tolist(), tokens[:, width:].tolist(), strict=True):
+            written[row] = words  # of a row that has ended, what follows its stop token is padding
+        if over:
+            return written
+        mask = torch.cat([mask, torch.ones_like(new)], dim=1)
+        if not open_.all() and hasattr(cache, "batch_select_indices"):
+            kept = open_.nonzero()[:, 0]
+            cache.batch_select_indices(kept)
+            tokens, mask, rows = tokens[kept], mask[kept], rows[kept]
 
 
 def stream_reply(
@@ -189,21 +248,33 @@ def reply_logprobs(
     pairs: list[tuple[list[Message], str]],
     batch_size: int = 32,
     progress: Progress | None = None,
-) -> list[float]:
-    """Mean log-probability per token (nats) of each text as the assistant's reply to its conversation.
+    keep: Keep | None = None,
+) -> list[Likelihood]:
+    """The log-probability (nats) of each text as the assistant's reply to its conversation, and of its end of turn.
 
-    The words only: the end of turn, equal for all replies and unknown to a model before SFT, is left out.
+    The words and the end of turn are told apart: the end is equal for all replies and unknown to a model before SFT.
     """
     prompts = [render_prompt(tokenizer, messages) for messages, _ in pairs]
     texts = [prompt + reply for prompt, (_, reply) in zip(prompts, pairs, strict=True)]
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True) if texts else {}
     # Tokenised in one piece, as in training; a token belongs to the reply when it reaches past the prompt.
     starts = [
         next(i for i, (_, end) in enumerate(offsets) if end > len(prompt))
-        for prompt, offsets in zip(prompts, encoded["offset_mapping"], strict=True)
+        for prompt, offsets in zip(prompts, encoded.get("offset_mapping", []), strict=True)
     ]
-    scores = token_logprobs(model, encoded["input_ids"], starts, batch_size, progress)
-    return [float(row.mean()) for row in scores]
+    ending = end_of_turn(tokenizer)
+    rows = [[*ids, *ending] for ids in encoded.get("input_ids", [])]
+    words = [len(row) - len(ending) - start for row, start in zip(rows, starts, strict=True)]
+
+    def compute(batch: list[int]) -> list[Any]:
+        scores = _batch_logprobs(model, [rows[i] for i in batch], [starts[i] for i in batch])
+        return [
+            (float(found[: words[i]].double().sum()), words[i], float(found[words[i] :].double().sum()))
+            for i, found in zip(batch, scores, strict=True)
+        ]
+
+    batches = _batches(rows, batch_size, model.config.get_text_config().vocab_size)
+    return [Likelihood(*found) for found in in_batches(batches, compute, progress, keep)]
 
 
 def document_logprobs(
@@ -212,8 +283,9 @@ def document_logprobs(
     texts: list[str],
     batch_size: int = 32,
     progress: Progress | None = None,
-) -> list[tuple[float, int]]:
-    """(log-probability in nats, scored tokens) of each document with its end-of-text token.
+    keep: Keep | None = None,
+) -> list[Likelihood]:
+    """The log-probability (nats) of each document with its end-of-text token.
 
     The first token follows nothing and is not scored. A document longer than the model's positions (or
     MAX_WINDOW) is scored in windows that share one token, so every other token is scored once.
@@ -227,46 +299,39 @@ def document_logprobs(
         for start in range(0, len(ids) - 1, step):
             windows.append(ids[start : start + step + 1])
             owners.append(owner)
+
+    def compute(batch: list[int]) -> list[Any]:
+        scores = _batch_logprobs(model, [windows[i] for i in batch], [1] * len(batch))
+        return [(float(found.double().sum()), len(found)) for found in scores]
+
+    batches = _batches(windows, batch_size, model.config.get_text_config().vocab_size)
     totals = [(0.0, 0)] * len(texts)
-    scores = token_logprobs(model, windows, [1] * len(windows), batch_size, progress)
-    for owner, row in zip(owners, scores, strict=True):
-        nats, count = totals[owner]
-        totals[owner] = (nats + float(row.sum()), count + len(row))
-    return totals
+    for owner, (nats, count) in zip(owners, in_batches(batches, compute, progress, keep), strict=True):
+        totals[owner] = (totals[owner][0] + nats, totals[owner][1] + count)
+    return [Likelihood(nats, count) for nats, count in totals]
 
 
-def token_logprobs(
-    model: PreTrainedModel,
-    rows: list[list[int]],
-    starts: list[int],
-    batch_size: int = 32,
-    progress: Progress | None = None,
-) -> list[torch.Tensor]:
+def _batch_logprobs(model: PreTrainedModel, rows: list[list[int]], starts: list[int]) -> list[torch.Tensor]:
     """Log-probability (nats, float32, on the CPU) of each row's tokens from its start (1 or later) to its end.
 
     Logits are made from the batch's first scored position on, not for the prompts.
     """
     import torch
 
-    scores: list[Any] = [None] * len(rows)
-    vocabulary = model.config.get_text_config().vocab_size
+    tokens, mask = _pad(rows, 0, "right")
+    first = min(starts)
+    scores = []
     with torch.inference_mode():
-        for batch in _batches(rows, batch_size, vocabulary):
-            tokens, mask = _pad([rows[i] for i in batch], 0, "right")
-            first = min(starts[i] for i in batch)
-            kept = torch.arange(first - 1, tokens.shape[1] - 1, device=model.device)
-            out = model(
-                input_ids=tokens.to(model.device),
-                attention_mask=mask.to(model.device),
-                logits_to_keep=kept,
-                use_cache=False,
-            )
-            for i, row, logits in zip(batch, tokens, out.logits, strict=True):
-                logits = logits[starts[i] - first : len(rows[i]) - first].float()
-                wanted = row[starts[i] : len(rows[i]), None].to(logits.device)
-                scores[i] = (logits.gather(-1, wanted)[:, 0] - logits.logsumexp(-1)).cpu()
-            if progress:
-                progress(len(batch))
+        out = model(
+            input_ids=tokens.to(model.device),
+            attention_mask=mask.to(model.device),
+            logits_to_keep=torch.arange(first - 1, tokens.shape[1] - 1, device=model.device),
+            use_cache=False,
+        )
+        for row, start, ids, logits in zip(rows, starts, tokens, out.logits, strict=True):
+            logits = logits[start - first : len(row) - first].float()
+            wanted = ids[start : len(row), None].to(logits.device)
+            scores.append((logits.gather(-1, wanted)[:, 0] - logits.logsumexp(-1)).cpu())
     return scores
 
 
@@ -276,6 +341,7 @@ def reward_scores(
     pairs: list[tuple[list[Message], str]],
     batch_size: int = 32,
     progress: Progress | None = None,
+    keep: Keep | None = None,
 ) -> list[float]:
     """A reward model's score of each text as the assistant's reply, read at its end of turn as in training."""
     import torch
@@ -286,18 +352,28 @@ def reward_scores(
     ending = end_of_turn(tokenizer)
     ids = _tokenise(tokenizer, [render_prompt(tokenizer, messages) + reply for messages, reply in pairs])
     ids = [[*row, *ending] for row in ids]
-    scores = [0.0] * len(ids)
-    with torch.inference_mode():
-        for batch in _batches(ids, batch_size):
-            tokens, mask = _pad([ids[i] for i in batch], config.pad_token_id, "right")
+
+    def compute(batch: list[int]) -> list[Any]:
+        tokens, mask = _pad([ids[i] for i in batch], config.pad_token_id, "right")
+        with torch.inference_mode():
             out = model(
                 input_ids=tokens.to(model.device), attention_mask=mask.to(model.device), use_cache=False
             )
-            for i, score in zip(batch, out.logits[:, 0].float().tolist(), strict=True):
-                scores[i] = score
-            if progress:
-                progress(len(batch))
-    return scores
+        return out.logits[:, 0].float().tolist()
+
+    return in_batches(_batches(ids, batch_size), compute, progress, keep)
+
+
+def in_batches(
+    batches: Iterable[list[int]], compute: Compute, progress: Progress | None = None, keep: Keep | None = None
+) -> list[Any]:
+    """A result a row, in the order of the rows; `batches` name every row once."""
+    results: dict[int, Any] = {}
+    for batch in batches:
+        results |= zip(batch, keep(batch, compute) if keep else compute(batch), strict=True)
+        if progress:
+            progress(len(batch))
+    return [results[i] for i in range(len(results))]
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from stagecraft.data import rows
+from stagecraft.data.fields import require_characters
 from stagecraft.data.rows import BadRow, Document, Message, Preference
 from stagecraft.errors import UserError, first_faults
 from stagecraft.evaluation.text import says_something
@@ -18,12 +19,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Question:
-    """A conversation that ends with the user's question, and the key phrase a right reply contains, if any."""
+    """A conversation that ends with the user's question, and the key phrase a right reply contains, if any.
+
+    reference: a whole right reply, where the row gives one.
+    """
 
     prompt: list[Message]
     answer: str
     split: str | None
     where: str
+    reference: str = ""
 
     @property
     def text(self) -> str:
@@ -110,7 +115,11 @@ def _answer(raw: Any, where: str) -> Question:
     question = _question(raw, where)
     if not says_something(question.answer):
         raise BadRow(f'"answer" {question.answer!r} holds only punctuation')
-    return replace(question, split=_split(raw))
+    reference = raw.get("reference", question.answer)
+    if not isinstance(reference, str) or not says_something(reference):
+        raise BadRow(f'"reference" must be a whole right reply, not {reference!r}')
+    require_characters(reference)
+    return replace(question, split=_split(raw), reference=reference)
 
 
 def _choice(raw: Any, where: str) -> Choice:

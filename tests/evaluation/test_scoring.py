@@ -1,21 +1,17 @@
-"""Scores are what one row at a time gives, batches change nothing, intervals are known ones, faults are told."""
+"""Scores are what one row at a time gives, batches change nothing, finished batches are kept, rows are checked."""
 
 import json
-import math
-import subprocess
-import sys
-from pathlib import Path
+from dataclasses import astuple
 
 import pytest
 import torch
 
 from stagecraft import generation
-from stagecraft.data.rows import Document, Preference
 from stagecraft.errors import UserError
-from stagecraft.evaluation import metrics
-from stagecraft.evaluation.sets import Choice, Question, read_eval_sets
+from stagecraft.evaluation.kept import Kept, key_of
+from stagecraft.evaluation.results import Reply
+from stagecraft.evaluation.sets import read_eval_sets
 
-ROOT = Path(__file__).resolve().parents[2]
 TEXT = (
     "rest at home, drink water, see a doctor when fever lasts. 发烧时多喝水，注意休息。高烧三天不退要去医院。"
 )
@@ -122,9 +118,31 @@ def test_batched_replies_equal_single_ones(model, tokenizer):
     single = [generation.generate_replies(model, tokenizer, [p], 16)[0] for p in PROMPTS]
     assert generation.generate_replies(model, tokenizer, PROMPTS, 16, batch_size=4) == single
     assert generation.generate_replies(model, tokenizer, PROMPTS, 16, batch_size=3) == single
-    assert len(set(single)) == len(single)
+    assert len({reply.text for reply in single}) == len(single)
     # Control: with the padding between a prompt and its reply, the replies change.
     assert generation.generate_replies(model, tokenizer, PROMPTS, 16, padding_side="right") != single
+
+
+def test_rows_that_have_ended_leave_the_batch_and_change_nothing(model, tokenizer, monkeypatch):
+    together = generation.generate_replies(model, tokenizer, PROMPTS, 40, batch_size=4)
+    words = [tokenizer(reply.text, add_special_tokens=False)["input_ids"] for reply in together]
+    own = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = [words[0][6], words[2][20]]  # so that some rows end early
+    try:
+        ended = generation.generate_replies(model, tokenizer, PROMPTS, 40, batch_size=4)
+        monkeypatch.setattr(generation, "TOGETHER", 3)
+        shapes = []
+        forward = model.forward
+        monkeypatch.setattr(
+            model, "forward", lambda *a, **k: shapes.append(len(k["input_ids"])) or forward(*a, **k)
+        )
+        assert generation.generate_replies(model, tokenizer, PROMPTS, 40, batch_size=4) == ended
+    finally:
+        model.generation_config.eos_token_id = own
+    assert shapes[0] == 4 and min(shapes) < 4
+    assert len(shapes) == 40  # no token is computed twice
+    assert ended != together  # control
+    assert {reply.stopped for reply in ended} == {True, False}
 
 
 def test_replies_are_greedy_whatever_the_folder_says(model, tokenizer):
@@ -136,10 +154,10 @@ def test_replies_are_greedy_whatever_the_folder_says(model, tokenizer):
         assert model.generation_config.repetition_penalty == 9.0
         torch.manual_seed(0)
         sampled = generation.stream_reply(model, tokenizer, PROMPTS[1], 16, temperature=5.0)
-        assert sampled != plain[1]  # a temperature brings the folder's settings back
+        assert sampled != plain[1].text  # a temperature brings the folder's settings back
     finally:
         model.generation_config = own
-    assert generation.stream_reply(model, tokenizer, PROMPTS[1], 16) == plain[1]
+    assert generation.stream_reply(model, tokenizer, PROMPTS[1], 16) == plain[1].text
 
 
 def test_a_reply_ends_at_the_end_of_turn(model, tokenizer):
@@ -154,8 +172,10 @@ def test_a_reply_ends_at_the_end_of_turn(model, tokenizer):
         stopped = generation.generate_replies(model, tokenizer, PROMPTS[:1], 16)[0]
     finally:
         model.generation_config.eos_token_id = own
-    assert stopped == tokenizer.decode(words[: stop + 1]).strip()
-    assert stopped != generation.generate_replies(model, tokenizer, PROMPTS[:1], 16)[0]
+    assert stopped == Reply(tokenizer.decode(words[: stop + 1]).strip(), stop, True)
+    # Control: without it the reply goes on to the limit.
+    whole = generation.generate_replies(model, tokenizer, PROMPTS[:1], 16)[0]
+    assert whole == Reply(tokenizer.decode(words).strip(), 16, False)
 
 
 def test_history_that_does_not_fit_loses_its_oldest_turns(model, tokenizer):
@@ -174,47 +194,40 @@ def test_reply_logprobs_equal_the_definition(model, tokenizer):
     expected = []
     for messages, reply in pairs:
         prompt = prompt_of(tokenizer, messages)
-        values = direct_logprobs(model, ids_of(tokenizer, prompt + reply), len(ids_of(tokenizer, prompt)))
-        expected.append(sum(values) / len(values))
+        ids = ids_of(tokenizer, prompt + reply + "<|im_end|>")
+        *words, end = direct_logprobs(model, ids, len(ids_of(tokenizer, prompt)))
+        expected.append((sum(words), len(words), end))
     for size in (1, 3, 4):
-        assert generation.reply_logprobs(model, tokenizer, pairs, size) == pytest.approx(expected, abs=1e-4)
+        found = generation.reply_logprobs(model, tokenizer, pairs, size)
+        assert flat(found) == pytest.approx(sum(expected, ()), abs=1e-3)
     swapped = generation.reply_logprobs(model, tokenizer, list(zip(PROMPTS, REPLIES[::-1], strict=True)))
-    assert swapped != pytest.approx(expected, abs=1e-2)
+    assert flat(swapped) != pytest.approx(sum(expected, ()), abs=1e-1)
+
+
+def flat(likelihoods):
+    return sum((astuple(row) for row in likelihoods), ())
 
 
 def test_small_logit_budget_changes_nothing(model, tokenizer, monkeypatch):
     pairs = list(zip(PROMPTS, REPLIES, strict=True))
     whole = generation.reply_logprobs(model, tokenizer, pairs)
     monkeypatch.setattr(generation, "MAX_LOGITS", 1)
-    assert generation.reply_logprobs(model, tokenizer, pairs) == pytest.approx(whole, abs=1e-4)
+    assert flat(generation.reply_logprobs(model, tokenizer, pairs)) == pytest.approx(flat(whole), abs=1e-3)
 
 
 def test_document_losses_equal_the_definition_and_windows_score_every_token_once(
     model, tokenizer, monkeypatch
 ):
-    documents = [Document(TEXT, "a:1"), Document("rest", "a:2"), Document(TEXT[:40], "a:3")]
-    scored = metrics.score_documents(model, tokenizer, documents)
-    for document, (nats, count) in zip(documents, scored, strict=True):
-        ids = [*ids_of(tokenizer, document.text), tokenizer.eos_token_id]
-        assert count == len(ids) - 1
-        assert nats == pytest.approx(-sum(direct_logprobs(model, ids, 1)), rel=1e-4)
+    documents = [TEXT, "rest", TEXT[:40]]
+    scored = generation.document_logprobs(model, tokenizer, documents)
+    for text, row in zip(documents, scored, strict=True):
+        ids = [*ids_of(tokenizer, text), tokenizer.eos_token_id]
+        assert row.tokens == len(ids) - 1
+        assert row.nats == pytest.approx(sum(direct_logprobs(model, ids, 1)), rel=1e-4)
     monkeypatch.setattr(generation, "MAX_WINDOW", 8)
-    windowed = metrics.score_documents(model, tokenizer, documents)
-    assert [count for _, count in windowed] == [count for _, count in scored]
-    assert windowed[0][0] != pytest.approx(scored[0][0], rel=1e-4)  # less context, other losses
-
-
-def test_choices_and_preferences_go_to_the_likelier_reply(model, tokenizer):
-    scores = generation.reply_logprobs(model, tokenizer, [(PROMPTS[0], reply) for reply in REPLIES])
-    best = scores.index(max(scores))
-    choices = [Choice(PROMPTS[0], REPLIES, right, "fact", "c:1") for right in range(4)]
-    [result] = metrics.choice_accuracy("m", choices, metrics.score_choices(model, tokenizer, choices))
-    assert (result.value, result.n, result.chance, result.split) == (0.25, 4, 0.25, "fact")
-    worst = scores.index(min(scores))
-    pairs = [Preference(PROMPTS[0], REPLIES[best], REPLIES[worst], "p:1")] * 2
-    pairs.append(Preference(PROMPTS[0], REPLIES[worst], REPLIES[best], "p:3"))
-    scored = metrics.score_preferences(model, tokenizer, pairs)
-    assert metrics.pair_accuracy("preference_accuracy", "m", scored).value == pytest.approx(2 / 3)
+    windowed = generation.document_logprobs(model, tokenizer, documents)
+    assert [row.tokens for row in windowed] == [row.tokens for row in scored]
+    assert windowed[0].nats != pytest.approx(scored[0].nats, rel=1e-4)  # less context, other losses
 
 
 def test_reward_scores_equal_single_rows_read_at_the_end_of_turn(reward, tokenizer):
@@ -227,70 +240,52 @@ def test_reward_scores_equal_single_rows_read_at_the_end_of_turn(reward, tokeniz
             assert score != pytest.approx(float(reward(input_ids=torch.tensor([ids[:-1]])).logits), abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("right", "n", "low", "high"),
-    [(0, 10, 0.0, 0.2775), (8, 10, 0.4902, 0.9433), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962)],
-)
-def test_wilson_against_published_values(right, n, low, high):
-    assert metrics.wilson(right, n) == pytest.approx((low, high), abs=5e-5)
+# ---- What is kept of an interrupted evaluation
 
 
-def test_bootstrap_is_seeded_and_covers():
-    import numpy as np
-
-    losses = [(2.0 * n + 0.1 * n * (i % 7 - 3), n) for i, n in enumerate(range(20, 120))]
-    first = metrics.perplexity("m", losses, seed=1)
-    assert first == metrics.perplexity("m", losses, seed=1)
-    assert first.low != metrics.perplexity("m", losses, seed=2).low
-    assert first.value == pytest.approx(math.exp(sum(a for a, _ in losses) / sum(b for _, b in losses)))
-    rng = np.random.default_rng(0)
-    inside = 0
-    for _ in range(
-        200
-    ):  # documents of 50 tokens, mean loss 2: the interval should hold e^2 about 95 times in 100
-        drawn = [(50 * x, 50) for x in rng.normal(2.0, 0.3, 40)]
-        result = metrics.perplexity("m", drawn)
-        inside += result.low <= math.exp(2.0) <= result.high
-    assert 178 <= inside <= 198
+def batches_of(rows):
+    return [rows[i : i + 2] for i in range(0, len(rows), 2)]
 
 
-@pytest.mark.parametrize(
-    ("reply", "answer", "right"),
-    [
-        ("体温为３８．５ ℃，应就医。", "38.5℃", True),
-        ("多喝水、休息。", "多喝水, 休息", True),
-        ("应挂呼吸 内科。", "呼吸内科", True),
-        ("You should Drink\n plenty  of WATER", "drink plenty of water.", True),
-        ("它叫「流感」！", "“流感”", True),
-        ("take 2, 5 or 10", "5", True),
-        ("take 15 mg", "5 mg", False),
-        ("take 2.5mg", "5 mg", False),
-        ("in 1,500 ml", "500 ml", False),
-        ("heart rate", "heartrate", False),
-        ("<think>呼吸内科</think>皮肤科", "呼吸内科", False),
-        ("", "呼吸内科", False),
-    ],
-)
-def test_contains(reply, answer, right):
-    assert metrics.contains(reply, answer) is right
+def computed(kept, log, stop_after=None):
+    """A task of five rows in batches of two; `log` gets the rows that were computed."""
+
+    def compute(rows):
+        if stop_after is not None and len(log) == stop_after:
+            raise KeyboardInterrupt
+        log.append(rows)
+        return [row / 3 for row in rows]
+
+    return kept.task(
+        "answers", lambda keep: generation.in_batches(batches_of(list(range(5))), compute, keep=keep)
+    )
 
 
-def test_answer_accuracy_by_split():
-    rows = [Question(PROMPTS[0], "x", split, "a:1") for split in ("fact", "phrasing", "fact", None)]
-    results = metrics.answer_accuracy("m", rows, [("x", True), ("", False), ("", False), ("x", True)])
-    assert [(m.split, m.value, m.n, m.chance) for m in results] == [
-        ("fact", 0.5, 2, None),
-        ("phrasing", 0.0, 1, None),
-        (None, 1.0, 1, None),
-    ]
+def test_a_task_goes_on_with_the_first_batch_that_is_not_kept(tmp_path):
+    plain, log = computed(Kept(tmp_path / "plain", "k"), []), []
+    kept = Kept(tmp_path / "out", "k")
+    with pytest.raises(KeyboardInterrupt):
+        computed(kept, log, stop_after=2)
+    with (tmp_path / "out/kept/k/answers.jsonl").open("ab") as stream:
+        stream.write(b'{"rows": [4], "resul')  # a kill in the middle of a line
+    again = []
+    done = computed(kept, again)
+    assert (log, again) == ([[0, 1], [2, 3]], [[4]])
+    assert done.results == plain.results == [row / 3 for row in range(5)]
+    assert (plain.kept, done.kept) == (0, 2)
+    assert [batch.rows for batch in done.batches] == [batch.rows for batch in plain.batches]
+    # Finished, it is not computed at all; under another key it is, from its beginning.
+    assert computed(kept, untouched := []).results == plain.results and untouched == []
+    assert computed(Kept(tmp_path / "out", "other"), fresh := []).kept == 0 and len(fresh) == 3
 
 
-def test_a_tie_is_no_success_and_nan_is_refused():
-    assert metrics.pair_accuracy("reward_accuracy", "rm", [(1.0, 1.0), (2.0, 1.0)]).value == 0.5
-    with pytest.raises(UserError, match="m: preference_accuracy: the model gives NaN"):
-        metrics.pair_accuracy("preference_accuracy", "m", [(float("nan"), 1.0)])
-    with pytest.raises(UserError, match="perplexity"):
-        metrics.perplexity("m", [(float("inf"), 3)])
+def test_a_key_stands_for_everything_that_numbers_depend_on():
+    settings = {"max_new_tokens": 4, "seed": 1}
+    assert key_of(settings, ["a"]) == key_of(dict(reversed(settings.items())), ["a"])
+    assert len({key_of(settings, ["a"]), key_of(settings | {"seed": 2}, ["a"]), key_of(settings, ["b"])}) == 3
+
+
+# ---- The rows
 
 
 def write_rows(path, *rows):
@@ -329,37 +324,6 @@ def test_every_bad_row_of_every_file_is_told(tmp_path):
     assert "not JSON" in lines[0] and 'no "answer"' in lines[1] and '"options"' in lines[2]
 
 
-def run_script(name, *arguments, text=None):
-    command = [sys.executable, str(ROOT / "python" / name), *map(str, arguments)]
-    return subprocess.run(
-        command, input=text, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False
-    )
-
-
-def test_all_faults_of_a_start_at_once(folder, tmp_path):
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    (tmp_path / "DONE").write_text("eval\n")
-    done = run_script(
-        "evaluate_model.py",
-        *("--models", f"a={folder}", f"a={folder}", f"b={tmp_path}/adapter", f"c={tmp_path}/none", "junk"),
-        *("--reward_model", folder, "--eval_dir", tmp_path, "--output_dir", tmp_path, "--batch_size", 0),
-    )
-    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
-    for part in (
-        "--batch_size must be at least 1",
-        'the name "a" is taken',
-        "merge it first",
-        "c " + str(tmp_path / "none") + ": no such folder",
-        '--models "junk": write name=folder',
-        "not a reward model",
-        "none of documents.jsonl",
-        "--overwrite_output_dir replaces it",
-    ):
-        assert part in done.stderr, part
-    assert (tmp_path / "DONE").exists()
-
-
 def test_unusable_folders_are_told_from_usable_ones(folder, tmp_path):
     import shutil
 
@@ -375,33 +339,3 @@ def test_unusable_folders_are_told_from_usable_ones(folder, tmp_path):
         generation.require_usable(str(sharded), "--model")
     with pytest.raises(UserError, match="not a reward model"):
         generation.require_usable(str(folder), "--reward_model", reward=True)
-
-
-def test_a_piped_question_gets_the_answer_alone(model, tokenizer, folder):
-    done = run_script("chat.py", "--model", folder, "--max_new_tokens", 8, text="drink water or rest?\n")
-    messages = [{"role": "user", "content": "drink water or rest?"}]
-    assert (done.returncode, done.stdout) == (
-        0,
-        generation.stream_reply(model, tokenizer, messages, 8) + "\n",
-    )
-    empty = run_script("chat.py", "--model", folder, text=" \n")
-    assert empty.returncode == 2 and empty.stdout == "" and "standard input is empty" in empty.stderr
-
-
-def test_an_evaluation_from_start_to_end(folder, tmp_path):
-    data = tmp_path / "eval"
-    data.mkdir()
-    write_rows(data / "documents.jsonl", {"text": TEXT}, {"text": TEXT[:30]})
-    write_rows(data / "answers.jsonl", {"split": "fact", "question": "rest", "answer": "water"})
-    write_rows(data / "questions.jsonl", {"question": "why?"})
-    out = tmp_path / "out"
-    arguments = ["--models", f"base={folder}", f"sft={folder}", "--eval_dir", data, "--output_dir", out]
-    done = run_script("evaluate_model.py", *arguments, "--max_new_tokens", 4, "--recipe", "tiny")
-    assert done.returncode == 0, done.stderr
-    assert "choices.jsonl is not there" in done.stdout and "make chat RECIPE=tiny" in done.stdout
-    value = json.loads((out / "report.json").read_text())
-    assert [m["name"] for m in value["models"]] == ["base", "sft"]
-    of = {(m["metric"], m["model"]): {**m, "model": ""} for m in value["metrics"]}
-    assert {metric for metric, _ in of} == {"perplexity", "answer_accuracy"}
-    assert of["perplexity", "base"] == of["perplexity", "sft"]  # the same model twice
-    assert (out / "DONE").exists() and "why?" in (out / "report.md").read_text()
