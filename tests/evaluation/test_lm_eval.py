@@ -55,19 +55,9 @@ def ours(tiny_base: Path) -> tuple[Any, Any]:
 
 def likelihoods(model: Any, tokenizer: Any, rows: list[Any]) -> list[list[float]]:
     """Nats of each option's words after the row's prompt."""
-    prompts = [generation.render_prompt(tokenizer, row.prompt) for row in rows for _ in row.options]
-    options = [option for row in rows for option in row.options]
-    encoded = tokenizer(
-        [a + b for a, b in zip(prompts, options, strict=True)],
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-    )
-    starts = [
-        next(i for i, (_, end) in enumerate(offsets) if end > len(prompt))
-        for prompt, offsets in zip(prompts, encoded["offset_mapping"], strict=True)
-    ]
-    nats = iter(generation.token_logprobs(model, encoded["input_ids"], starts, 64))
-    return [[float(next(nats).sum()) for _ in row.options] for row in rows]
+    pairs = [(row.prompt, option) for row in rows for option in row.options]
+    found = iter(generation.reply_logprobs(model, tokenizer, pairs, 64))
+    return [[next(found).nats for _ in row.options] for row in rows]
 
 
 def best(values: list[float]) -> int:
@@ -103,7 +93,8 @@ def test_replies_are_the_kits_own_and_judged_alike(harness: Harness, ours: Any, 
     found, bare = harness("stagecraft_answers"), harness("stagecraft_answers", chat=False)
     for split in SPLITS:
         rows = [row for row in sets.answers if row.split == split]
-        replies = generation.generate_replies(*ours, [row.prompt for row in rows], 48, 64)
+        prompts = [row.prompt for row in rows]
+        replies = [reply.text for reply in generation.generate_replies(*ours, prompts, 48, 64)]
         assert [sample["resps"][0][0].strip() for sample in found[split]] == replies
         assert [sample["answer_accuracy"] for sample in found[split]] == [
             float(contains(reply, row.answer)) for reply, row in zip(replies, rows, strict=True)
