@@ -1,7 +1,8 @@
 """wandb and swanlab behind --report_to: they follow a run where they can, and never stop, delay or ask it anything.
 
 Without a login, or where the server does not answer, a run is kept on the disk; a line says where, and how to upload
-it. Neither library is told the command line, the machine or the console: secrets may stand there.
+it. Neither library is told the command line, the machine or the console: secrets may stand there. A version that does
+not know the settings for that follows nothing.
 """
 
 from __future__ import annotations
@@ -137,9 +138,7 @@ def _begin_wandb(name: str, ident: str, logs: Path, resumes: bool) -> str:
         resume="allow" if resumes and mode == "online" else None,
         dir=str(folder),
         mode=mode,
-        settings=wandb.Settings(
-            **{key: value for key, value in quiet.items() if key in wandb.Settings.model_fields}
-        ),
+        settings=wandb.Settings(**quiet),
     )
     if mode == "online":
         return f"{name} at {run.url}"
@@ -173,9 +172,7 @@ def _begin_swanlab(name: str, ident: str, logs: Path, resumes: bool) -> str:
         experiment_name=name,
         logdir=str(folder),
         mode=mode,
-        settings=swanlab.Settings(
-            **{key: value for key, value in quiet.items() if key in swanlab.Settings.model_fields}
-        ),
+        settings=swanlab.Settings(**quiet),
         log_level="warning",
         **online,
     )
