@@ -138,7 +138,7 @@ def _begin_wandb(name: str, ident: str, logs: Path, resumes: bool) -> str:
         resume="allow" if resumes and mode == "online" else None,
         dir=str(folder),
         mode=mode,
-        settings=wandb.Settings(**quiet),
+        settings=_settings(wandb.Settings, quiet),
     )
     if mode == "online":
         return f"{name} at {run.url}"
@@ -172,7 +172,7 @@ def _begin_swanlab(name: str, ident: str, logs: Path, resumes: bool) -> str:
         experiment_name=name,
         logdir=str(folder),
         mode=mode,
-        settings=swanlab.Settings(**quiet),
+        settings=_settings(swanlab.Settings, quiet),
         log_level="warning",
         **online,
     )
@@ -188,6 +188,16 @@ def _end_swanlab() -> None:
     import swanlab
 
     swanlab.finish()
+
+
+def _settings(known: Any, quiet: dict[str, Any]) -> Any:
+    """These settings; an older library would pass over the ones that it does not know."""
+    unknown = quiet.keys() - known.model_fields
+    if unknown:
+        raise RuntimeError(
+            f"this version has no setting {', '.join(sorted(unknown))}: make setup brings one that has"
+        )
+    return known(**quiet)
 
 
 def _mode(variable: str, online: str, server: str, has_login: bool) -> tuple[str, str]:
