@@ -22,8 +22,8 @@ RECIPE ?= tiny
 ALL_STAGES := pt sft rm dpo
 MERGES := $(patsubst %,merge-%,$(ALL_STAGES) ppo)
 CLEANS := $(patsubst %,clean-%,base $(ALL_STAGES) eval export)
-TARGETS := help setup data base $(ALL_STAGES) $(MERGES) eval all chat web serve export status logs tensorboard test \
-  test-faults lint clean $(CLEANS)
+TARGETS := help setup data base $(ALL_STAGES) $(MERGES) eval all bench-eval chat web serve export status logs \
+  tensorboard test test-faults lint clean $(CLEANS)
 .PHONY: FORCE $(TARGETS)
 GOALS := $(or $(MAKECMDGOALS),help)
 RECIPES := $(sort $(patsubst recipes/%/recipe.mk,%,$(wildcard recipes/*/recipe.mk)))
@@ -63,10 +63,14 @@ GPUS ?=
 ## ARGS flags for the stages named on the command line, which then run again
 ARGS :=
 # These two as well: STAGE and FORMAT in an environment are most likely another program's.
-## STAGE whose model to export, or whose log to follow
-STAGE := $(if $(filter logs,$(GOALS)),,$(or $(lastword $(filter-out rm,$(STAGES))),base))
+## STAGE whose model to export or bench, or whose log to follow
+STAGE := $(if $(filter logs bench-eval,$(GOALS)),,$(or $(lastword $(filter-out rm,$(STAGES))),base))
 ## FORMAT of make export: fp8 or int8
 FORMAT := fp8
+## TASKS of lm-evaluation-harness for make bench-eval, commas between
+TASKS :=
+## LIMIT rows of each of these tasks at most (empty: all)
+LIMIT :=
 ## PRICE what the machine costs an hour: stages then tell what they cost
 PRICE ?=
 ifneq ($(PRICE),)
@@ -94,7 +98,7 @@ ENV := $(filter cpu gpu,$(ENV))
 HOST := 127.0.0.1
 ## PORT port to listen on (empty: serve 8000, web 7860, tensorboard 6006)
 PORT ?=
-## MODEL for chat and serve: a folder; chat: a URL, too (empty: the newest)
+## MODEL for chat, serve, bench-eval: a folder; chat: a URL, too (empty: newest)
 MODEL ?=
 ## MODELS up to four for web: stages, folders, URLs (empty: the two newest)
 MODELS ?=
@@ -119,7 +123,7 @@ EVAL_DATA ?= data/eval
 
 # How the scripts, and the help, get them.
 export RECIPE STAGES GPUS ARGS STAGE FORMAT NPROC NNODES NODE_RANK MASTER_ADDR MASTER_PORT DEEPSPEED ENV HOST PORT MODEL
-export MODELS SHARE PRICE PYTHON PT_DATA SFT_DATA RM_DATA DPO_DATA EVAL_DATA
+export MODELS SHARE TASKS LIMIT PRICE PYTHON PT_DATA SFT_DATA RM_DATA DPO_DATA EVAL_DATA
 
 # ---- The graph --------------------------------------------------------------------------------------------------
 
@@ -144,8 +148,9 @@ done = outputs-$1/$(RECIPE)/DONE
 # are built on the way there. They change the result, so these stages are made again even if they are up to date.
 TAKE_ARGS := $(filter base $(ALL_STAGES) eval export,$(GOALS)) $(if $(filter all,$(GOALS)),$(STAGES))
 ifneq ($(strip $(ARGS)),)
-  ifeq ($(filter base $(ALL_STAGES) eval all chat web serve export,$(GOALS)),)
-    $(error ARGS are for base, pt, sft, rm, dpo, eval, all, chat, web, serve and export; named here: $(call listed,$(GOALS)))
+  ifeq ($(filter base $(ALL_STAGES) eval all bench-eval chat web serve export,$(GOALS)),)
+    $(error ARGS are for base, pt, sft, rm, dpo, eval, all, bench-eval, chat, web, serve and export; named here: \
+      $(call listed,$(GOALS)))
   endif
 endif
 flags = $(if $(filter $1,$(TAKE_ARGS)),$(if $(strip $(ARGS)), $(ARGS)))
@@ -320,6 +325,9 @@ all: $(foreach stage,base $(STAGES) eval,$(call done,$(stage))) ## every stage o
 	$(call tell,everything is up to date)
 
 ##@ Results
+bench-eval: | $(ENVIRONMENT) ## public benchmarks: make bench-eval TASKS=ceval-valid,mmlu STAGE="base sft"
+	@scripts/bench_eval.sh $(ARGS)
+
 chat: | $(ENVIRONMENT) ## talk to the newest model; echo question | make chat prints the answer
 	@scripts/chat.sh $(ARGS)
 
@@ -339,10 +347,7 @@ logs: ## follow the running (or newest) log, or make logs STAGE=sft; Ctrl-C ends
 	@$(or $(PYTHON),python3) python/follow_log.py --recipe '$(RECIPE)' $(if $(STAGE),--stage '$(STAGE)')
 
 tensorboard: | $(ENVIRONMENT) ## the loss curves of every stage, on 127.0.0.1
-	@$(if $(wildcard outputs-*/$(RECIPE)/logs),$(VENV_PYTHON) -m tensorboard.main --host 127.0.0.1 --port \
-	  $(or $(PORT),6006) --logdir_spec $(subst $(EMPTY) ,$(COMMA),$(foreach folder,$(wildcard \
-	  outputs-*/$(RECIPE)/logs),$(patsubst outputs-%/$(RECIPE)/logs,%,$(folder)):$(folder))),echo 'no \
-	  outputs-*/$(RECIPE)/logs yet: run a stage first' >&2; exit 2)
+	@scripts/tensorboard.sh
 
 ##@ Upkeep
 test: lint ## lint and every test; needs git, make, Python 3.11 and a C compiler

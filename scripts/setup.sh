@@ -3,7 +3,7 @@
 #
 #   scripts/setup.sh             the GPU packages if nvidia-smi works here, else the CPU packages
 #   ENV=cpu scripts/setup.sh     or ENV=gpu: choose. An existing .venv keeps its kind until ENV says otherwise
-#   scripts/setup.sh test        (or TEST=1) also what tests and linters need
+#   scripts/setup.sh test        (or TEST=1) also what tests and linters need; a headless Chromium, too, where there is none
 #
 # pip's whole output goes to .venv/setup.log. pip is used as it is configured here: index, find-links, proxy.
 # Two stamps, each the sha256 of the locks it was installed from, are written last: .venv/.stagecraft-env and
@@ -139,13 +139,13 @@ fi
 
 if [[ -d $VENV ]] && is_stamped "$ENV_STAMP" "$env_hash"; then
   touch "$ENV_STAMP"
-  if [[ -z $with_test ]] || is_stamped "$TEST_STAMP" "$test_hash"; then
+  if [[ -z $with_test ]] || { is_stamped "$TEST_STAMP" "$test_hash" && [[ -x $(cat .venv/chromium-path 2>/dev/null) ]]; }; then
     [[ -z $with_test ]] || touch "$TEST_STAMP"
     say ".venv is up to date ($kind packages${with_test:+ and test packages})"
     exit
   fi
 else
-  # Unpacked: 1.7 GB on the CPU (5 GB where pip finds only torch's CUDA build), the rest is pip's downloads.
+  # Unpacked: 2.4 GB on the CPU (5 GB where pip finds only torch's CUDA build), the rest is pip's downloads.
   python=$(find_python)
   need=$([[ $kind == gpu ]] && echo 20 || echo 4)
   free=$(($(df -Pk . | awk 'NR == 2 { print $4 }') / 1024 / 1024))
@@ -172,6 +172,7 @@ if [[ -n $with_test ]]; then
   say "test packages"
   rm -f "$TEST_STAMP"
   pip_install -c "$lock" -r requirements/test.txt
+  scripts/fetch_chromium.sh
   echo "$test_hash" >"$TEST_STAMP"
 fi
 say "done in $SECONDS s"

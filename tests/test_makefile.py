@@ -635,7 +635,8 @@ def test_a_recipe_of_its_own_folder_and_data(kit: Kit):
         (["status", "qqqq"], "no target is called qqqq (`make` lists them)"),
         (
             ["merge-sft", "ARGS=--x"],
-            "ARGS are for base, pt, sft, rm, dpo, eval, all, chat, web, serve and export; named here: merge-sft",
+            "ARGS are for base, pt, sft, rm, dpo, eval, all, bench-eval, chat, web, serve and export; "
+            "named here: merge-sft",
         ),
         (
             ["dpo", "SFT_DATA=data/none", "DPO_DATA=gone"],
@@ -672,6 +673,7 @@ def test_help_shows_every_target_and_variable(kit: Kit):
         "merge-STAGE",
         "eval",
         "all",
+        "bench-eval",
         "chat",
         "web",
         "serve",

@@ -23,6 +23,7 @@ from stagecraft.manifest import describe_run, is_secret, now
 from stagecraft.models import describe_parameters, resolve_precision
 from stagecraft.pace import price_an_hour
 from stagecraft.processes import die_with_parent, is_held
+from stagecraft.training import trackers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
@@ -93,6 +94,7 @@ class Stage:
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(self.logs))
         values: dict[str, Any] = {
             "report_to": "tensorboard",
+            "run_name": f"{self.name}-{self.folder.resolve().name}",
             "logging_steps": 10,
             "logging_first_step": True,
             "disable_tqdm": True,  # stagecraft.progress shows the bar
@@ -167,6 +169,8 @@ class Stage:
                 tokens=corpus.counts["tokens an epoch"],
             )
         )
+        if self.is_main:
+            trackers.follow(trainer, args.run_name, self.logs, self.checkpoints, resumes=bool(checkpoint))
         self.trainer = trainer
         self.interrupts.training = True
         result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -406,6 +410,7 @@ class Stage:
 def stage(name: str, args: RunArguments, *groups: Any, training: dict[str, Any]) -> Iterator[Stage]:
     """Hold a stage's folder: locked, logged to logs/train.log, and described in run.json."""
     price_an_hour()  # a PRICE that is no number is told now, not after the loading
+    trackers.require(training.get("report_to"))
     current = Stage(name, args, groups, training)
     if "WORLD_SIZE" in os.environ:
         die_with_parent()  # a rank whose torchrun was killed would hold the card and wait for the others
