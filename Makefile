@@ -98,7 +98,7 @@ ENV := $(filter cpu gpu,$(ENV))
 HOST := 127.0.0.1
 ## PORT port to listen on (empty: serve 8000, web 7860, tensorboard 6006)
 PORT ?=
-## MODEL for chat, serve, bench-eval: a folder; chat: a URL, too (empty: newest)
+## MODEL for chat, serve, bench-eval: a folder; chat: or a URL (empty: newest)
 MODEL ?=
 ## MODELS up to four for web: stages, folders, URLs (empty: the two newest)
 MODELS ?=
