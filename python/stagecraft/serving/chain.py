@@ -130,5 +130,7 @@ def _unservable(adapter: Adapter) -> list[str]:
         found.append(f"brings {names[0]} whole (modules_to_save or bias)")
     ends = sorted(m for m in adapter.loras if m.rpartition(".")[2] in EMBEDDINGS | HEADS)
     if ends or adapter.embeddings:
-        found.append(f"changes {(ends or sorted(adapter.embeddings))[0]}, and embeddings can't be LoRA in vLLM")
+        found.append(
+            f"changes {(ends or sorted(adapter.embeddings))[0]}, and embeddings can't be LoRA in vLLM"
+        )
     return found

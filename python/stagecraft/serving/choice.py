@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from dataclasses import dataclass
@@ -85,7 +86,9 @@ def _usable(models: list[Served], flag: str, faults: list[str]) -> list[Served]:
         try:
             generation.require_usable(path, flag if "=" in flag else f"{model.name}:")
         except UserError as error:
-            faults += [line.replace(f"MODEL={path} {path}:", f"MODEL={path}:") for line in str(error).splitlines()]
+            faults += [
+                line.replace(f"MODEL={path} {path}:", f"MODEL={path}:") for line in str(error).splitlines()
+            ]
     return models
 
 
@@ -93,7 +96,10 @@ def _adapter_fault(folder: Path, flag: str) -> str:
     """An adapter where a complete model should be: both ways to serve it."""
     base = "BASE"
     try:
-        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"] or base
+        base = (
+            json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+            or base
+        )
     except (OSError, ValueError, KeyError, TypeError):
         pass
     parts = folder.absolute().parts
@@ -115,3 +121,13 @@ def positions(folder: Path) -> int | None:
     except (OSError, ValueError, AttributeError):
         return None
     return found if isinstance(found, int) else None
+
+
+def dtype_of(folder: Path) -> str:
+    """What a model's weights are saved in, as its configuration says; auto where it does not."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = config.get("dtype") or config.get("torch_dtype")
+    except (OSError, ValueError, AttributeError):
+        return "auto"
+    return found if found in ("float32", "bfloat16", "float16") else "auto"

@@ -83,7 +83,9 @@ def _write(chain: Chain, module: Module, folder: Path) -> None:
     names = list(dict.fromkeys(name for adapter in module.adapters for name in adapter.loras))
     with Reader() as reader:
         for name in names:
-            a, b = _side_by_side([adapter.loras.get(name) for adapter in module.adapters], module.rank, reader)
+            a, b = _side_by_side(
+                [adapter.loras.get(name) for adapter in module.adapters], module.rank, reader
+            )
             tensors[f"{PREFIX}{name}.lora_A.weight"] = a
             tensors[f"{PREFIX}{name}.lora_B.weight"] = b
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -123,7 +125,9 @@ def _prove(outputs: list[Output], module: Module, folder: Path) -> None:
     merged = open_weights(module.served.folder)
     written = open_adapter(folder).loras
     places = {
-        (lora.a.file, lora.a.name): name for adapter in module.adapters for name, lora in adapter.loras.items()
+        (lora.a.file, lora.a.name): name
+        for adapter in module.adapters
+        for name, lora in adapter.loras.items()
     }
     with Reader() as reader:
         for output in outputs:

@@ -75,7 +75,7 @@ def read_settings(variables: Mapping[str, str], flags: Sequence[str], python: st
         program=program,
         on_cpu=on_cpu,
         api_key=variables.get("API_KEY", ""),
-        dtype=variables.get("DTYPE") or ("bfloat16" if engine == "vllm" else "auto"),
+        dtype=variables.get("DTYPE") or ("auto" if on_cpu else "bfloat16"),
         length=_length(variables.get("MAX_MODEL_LEN", ""), faults),
         share=variables.get("GPU_SHARE") or DEFAULT_SHARE,
         flags=list(flags),
@@ -122,7 +122,7 @@ def _engine(variables: Mapping[str, str], folder: Path, faults: list[str]) -> tu
     program = folder / "transformers"
     if not program.exists():
         faults.append(f"{program}: not there; run: make setup (or set PYTHON)")
-    return "transformers", program, True
+    return "transformers", program, True  # with CUDA too, its dtype is the model's own
 
 
 def _has_cuda() -> bool:
@@ -175,7 +175,9 @@ def _check_host(settings: Settings) -> None:
         if settings.api_key:
             faults.append("API_KEY: transformers serve knows no API key; leave it out, or serve on vLLM")
     elif not is_loopback(host) and not settings.api_key:
-        faults.append(f"HOST={host}: anyone who reaches it could use the model; set API_KEY, or leave HOST out")
+        faults.append(
+            f"HOST={host}: anyone who reaches it could use the model; set API_KEY, or leave HOST out"
+        )
     if settings.api_key and not re.fullmatch(r"[!-~]+", settings.api_key):
         faults.append("API_KEY: a header can't carry it; use letters, digits and signs without spaces")
 
