@@ -95,13 +95,11 @@ def _usable(models: list[Served], flag: str, faults: list[str]) -> list[Served]:
 def _adapter_fault(folder: Path, flag: str) -> str:
     """An adapter where a complete model should be: both ways to serve it."""
     base = "BASE"
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         base = (
             json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
             or base
         )
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     parts = folder.absolute().parts
     stage = parts[-3].removeprefix("outputs-") if len(parts) > 3 else ""
     if parts[-1] == "adapter" and stage in STAGES:
