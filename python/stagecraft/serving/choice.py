@@ -74,7 +74,7 @@ def name_of(folder: Path) -> str:
         return stage
     own = parts[-2] if parts[-1] == "model" and len(parts) > 2 else parts[-1]
     # What a repository on the hub may be called: transformers serve takes the name for one.
-    return re.sub(r"[-.]{2,}|[^\w.-]", "-", own, flags=re.ASCII).strip("-.")[:90] or "model"
+    return re.sub(r"[^A-Za-z0-9_]*[^A-Za-z0-9_.][^A-Za-z0-9_]*|\.{2,}", "-", own).strip("-.")[:90] or "model"
 
 
 def _usable(models: list[Served], flag: str, faults: list[str]) -> list[Served]:

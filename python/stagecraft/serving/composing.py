@@ -133,8 +133,8 @@ def _prove(outputs: list[Output], module: Module, folder: Path) -> None:
         for output in outputs:
             name = places[output.loras[0].a.file, output.loras[0].a.name]
             if output.name not in merged:
-                raise ProofFailed(f"{folder.name}: the merged model has no {output.name}")
-            _check_rows(output, written[name], merged[output.name], reader, folder.name)
+                raise ProofFailed(f"{module.served.name}: the merged model has no {output.name}")
+            _check_rows(output, written[name], merged[output.name], reader, module.served.name)
 
 
 def _check_rows(output: Output, lora: Lora, merged: Tensor, reader: Reader, stage: str) -> None:
