@@ -63,7 +63,7 @@ GPUS ?=
 ## ARGS flags for the stages named on the command line, which then run again
 ARGS :=
 # These two as well: STAGE and FORMAT in an environment are most likely another program's.
-## STAGE whose model to export or serve (all: every one), or whose log to follow
+## STAGE whose model to export or serve (serve: all, too), or log to follow
 STAGE := $(if $(filter logs chat serve serve-check,$(GOALS)),,$(or $(lastword $(filter-out rm,$(STAGES))),base))
 ## FORMAT of make export: fp8 or int8
 FORMAT := fp8
@@ -94,7 +94,7 @@ ENV := $(filter cpu gpu,$(ENV))
 HOST := 127.0.0.1
 ## PORT port to listen on (empty: 8000 for serve, 6006 for tensorboard)
 PORT ?=
-## MODEL folder for chat, serve and serve-check (empty: the newest finished model)
+## MODEL folder for chat, serve, serve-check (empty: the newest finished)
 MODEL ?=
 ## PYTHON an interpreter with the packages, instead of .venv
 PYTHON ?=
