@@ -31,6 +31,7 @@ TOLD_EVERY = 15.0  # seconds between two lines where there is no terminal
 def started(engine: Engine, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The engine in a session of its own; when the block ends, however it ends, nothing of it is left."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    parent = os.getpid()
     with log.open("wb") as stream:
         process = subprocess.Popen(
             engine.command,
@@ -39,12 +40,19 @@ def started(engine: Engine, log: Path) -> Iterator[subprocess.Popen[bytes]]:
             stderr=subprocess.STDOUT,
             env={**_inherited(), **engine.environment},
             start_new_session=True,
-            preexec_fn=lambda: die_with_parent(signal.SIGTERM),
+            preexec_fn=lambda: _follow(parent),
         )
     try:
         yield process
     finally:
         stop(process)
+
+
+def _follow(parent: int) -> None:
+    """In the child: end with the parent, even where that was killed before it could be said."""
+    die_with_parent(signal.SIGTERM)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _inherited() -> dict[str, str]:
