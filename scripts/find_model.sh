@@ -16,7 +16,7 @@ if [[ -n ${MODEL:-} ]]; then
   exit
 fi
 newest=
-for stage in base pt sft dpo; do # of equal times the later stage wins
+for stage in base pt sft dpo ppo; do # of equal times the later stage wins
   marker=outputs-$stage/$recipe/DONE
   if [[ -f $marker && ! ($newest -nt $marker) ]]; then newest=$marker; fi
 done

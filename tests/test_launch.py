@@ -1,9 +1,8 @@
-"""The launchers: which devices and processes, every error line, what servers and Make are started with."""
+"""The launchers: which devices and processes, every error line, what Make is started with."""
 
 import os
 import re
 import shutil
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -209,94 +208,6 @@ def test_a_merge_wants_a_stage(kit: Kit):
     assert kit.refuse("run_merge.sh", "eval") == [
         'usage: scripts/run_merge.sh STAGE (pt, sft, rm, dpo or ppo), not "eval"'
     ]
-
-
-# ---- serve.sh
-
-
-def serve(kit: Kit, *flags: str, **environment: str) -> list[str]:
-    variables = {"MODEL": "model", "PORT": str(free_port())} | environment
-    done = kit.run(f"{kit.folder}/scripts/serve.sh", *flags, **variables)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.replace(variables["PORT"], "PORT").splitlines()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-def test_serving_without_cuda_is_transformers(kit: Kit):
-    lines = serve(kit)
-    assert lines[0] == "serving model with transformers on http://127.0.0.1:PORT/v1; when it's up:"
-    assert lines[1].strip() == (
-        "curl http://127.0.0.1:PORT/v1/chat/completions -H 'Content-Type: application/json' "
-        """-d '{"model": "model", "messages": [{"role": "user", "content": "Hello"}]}'"""
-    )
-    assert lines[2:] == ["transformers: serve model --host 127.0.0.1 --port PORT --dtype auto"]
-
-
-def test_serving_with_cuda_is_vllm(kit: Kit):
-    kit.add_gpus(1)
-    assert serve(kit, "--seed", "1", GPUS="0")[2:] == [
-        "vllm: serve model --host 127.0.0.1 --port PORT --dtype bfloat16 "
-        + "--max-model-len 4096 --gpu-memory-utilization 0.9 --seed 1",
-        "CUDA_VISIBLE_DEVICES=0",
-    ]
-    assert serve(kit, DTYPE="half", MAX_MODEL_LEN="512", GPU_SHARE="0.5")[2] == (
-        "vllm: serve model --host 127.0.0.1 --port PORT --dtype half "
-        "--max-model-len 512 --gpu-memory-utilization 0.5"
-    )
-
-
-def test_the_api_key_is_no_argument(kit: Kit):
-    lines = serve(kit, ENGINE="vllm", HOST="0.0.0.0", API_KEY="hush")
-    assert '-H "Authorization: Bearer $API_KEY"' in lines[1]
-    assert lines[1].strip().startswith("curl http://127.0.0.1:")
-    assert "hush" not in "\n".join(lines[:3])
-    assert lines[3] == "VLLM_API_KEY=hush"
-
-
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        (
-            {"HOST": "0.0.0.0", "ENGINE": "vllm"},
-            "HOST=0.0.0.0: anyone who reaches it could use the model; set API_KEY, or leave HOST out",
-        ),
-        (
-            {"HOST": "192.0.2.1"},
-            "HOST=192.0.2.1: transformers serve knows no API key, so it listens on 127.0.0.1; serve on vLLM",
-        ),
-        ({"API_KEY": "x"}, "API_KEY: transformers serve knows no API key; leave it out, or serve on vLLM"),
-        ({"PORT": "0"}, 'PORT="0": must be a port, 1 to 65535'),
-        ({"PORT": "65536"}, 'PORT="65536": must be a port, 1 to 65535'),
-        ({"ENGINE": "tgi"}, "ENGINE=tgi: must be vllm or transformers"),
-        ({"MODEL": "nowhere"}, "MODEL=nowhere: not a complete model's folder (no config.json there)"),
-        (
-            {"MODEL": "", "RECIPE": "mine"},
-            "RECIPE=mine: no finished model yet; run: make sft RECIPE=mine, or name a model: MODEL=FOLDER",
-        ),
-    ],
-)
-def test_what_cannot_be_served_is_told_in_one_line(kit: Kit, environment: dict, message: str):
-    variables = {"MODEL": "model", "PORT": str(free_port())} | environment
-    assert kit.refuse("serve.sh", **variables) == [message]
-
-
-def test_a_server_that_is_not_installed(kit: Kit):
-    (kit.folder / ".venv/bin/vllm").unlink()
-    assert kit.refuse("serve.sh", MODEL="model", ENGINE="vllm", PORT=str(free_port())) == [
-        ".venv/bin/vllm: not there; run: make setup (or set PYTHON)"
-    ]
-
-
-def test_a_taken_port(kit: Kit):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        assert kit.refuse("serve.sh", MODEL="model", PORT=str(port)) == [
-            f"PORT={port}: taken on 127.0.0.1; stop what listens there, or choose another"
-        ]
 
 
 # ---- find_model.sh

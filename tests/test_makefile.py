@@ -635,7 +635,7 @@ def test_a_recipe_of_its_own_folder_and_data(kit: Kit):
         (["status", "qqqq"], "no target is called qqqq (`make` lists them)"),
         (
             ["merge-sft", "ARGS=--x"],
-            "ARGS are for base, pt, sft, rm, dpo, eval, all, bench-eval, chat, web, serve and export; "
+            "ARGS are for base, pt, sft, rm, dpo, eval, all, bench-eval, chat, web, serve, serve-check and export; "
             "named here: merge-sft",
         ),
         (
