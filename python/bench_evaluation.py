@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stagecraft import generation
+from stagecraft import naming
 from stagecraft.arguments import parse
 from stagecraft.errors import Stopped, UserError, run_main
 from stagecraft.evaluation import benchmarks
@@ -22,9 +22,17 @@ from stagecraft.evaluation import benchmarks
 class BenchArguments:
     """Benchmarks"""
 
-    models: list[str] = field(metadata={"help": "name=folder of each model, in the order of the columns"})
-    tasks: list[str] = field(metadata={"help": "names of the harness's tasks and groups, commas between"})
     output_dir: str = field(metadata={"help": "folder that gets NAME/TASK.json"})
+    tasks: list[str] = field(
+        default_factory=list, metadata={"help": "names of the harness's tasks and groups, commas between"}
+    )
+    models: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "stages, folders or name=folder, in the order of the columns; unset: the newest stage"
+        },
+    )
+    recipe: str = field(default_factory=naming.default_recipe, metadata={"help": "whose stages are meant"})
     include_path: str = field(default="data/eval", metadata={"help": "folder with tasks of your own"})
     backend: str = field(
         default="auto",
@@ -104,24 +112,20 @@ def check(args: BenchArguments) -> tuple[list[tuple[str, str]], list[str]]:
         faults.append(f"--num_fewshot must be at least 0, not {args.num_fewshot}")
     tasks = list(dict.fromkeys(name for word in args.tasks for name in word.split(",") if name))
     if not tasks:
-        faults.append("--tasks: name at least one, e.g. ceval-valid,cmmlu,mmlu")
+        faults.append(
+            "TASKS is empty: name benchmarks, e.g. TASKS=ceval-valid,cmmlu,mmlu (lm_eval ls tasks lists them)"
+        )
     if not Path(args.include_path).is_dir():
         faults.append(f"--include_path {args.include_path}: no such folder")
     models: list[tuple[str, str]] = []
-    for word in args.models:
-        name, _, path = word.partition("=")
-        if not path or "/" in name or name in ("", ".", ".."):
-            faults.append(f'--models "{word}": write name=folder, e.g. sft=outputs-sft/tiny/model')
-        elif name in dict(models):
-            faults.append(f'--models "{word}": the name "{name}" is taken; give each model a name of its own')
-        else:
-            models.append((name, path))
-            try:
-                generation.require_usable(path, f"--models {name}")
-            except UserError as error:
-                faults += str(error).splitlines()
-    if not args.models:
-        faults.append("--models: name at least one, e.g. sft=outputs-sft/tiny/model")
+    try:
+        for place in naming.find_all(args.models or naming.newest(args.recipe, 1), args.recipe, "--models"):
+            if place.kind == "folder":
+                models.append((place.name, place.path))
+            else:
+                faults.append(f"--models {place.path}: the harness wants a complete model's folder")
+    except UserError as error:
+        faults += str(error).splitlines()
     if faults:
         raise UserError(*faults)
     return models, tasks

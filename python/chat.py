@@ -13,10 +13,11 @@ import contextlib
 import sys
 from dataclasses import dataclass, field
 
+from stagecraft import naming
 from stagecraft.arguments import DTYPES, parse
 from stagecraft.errors import UserError, run_main
 from stagecraft.places import Place
-from stagecraft.talk import naming, sources
+from stagecraft.talk import sources
 from stagecraft.talk.terminal import Talk, system_message
 
 
@@ -24,11 +25,12 @@ from stagecraft.talk.terminal import Talk, system_message
 class ChatArguments:
     """Chat"""
 
-    model: str = field(
+    model: str | None = field(
+        default=None,
         metadata={
-            "help": "a model's folder, BASE+ADAPTER, a stage's name, or URL[#MODEL]",
+            "help": "a model's folder, BASE+ADAPTER, a stage's name, or URL[#MODEL] [the newest finished stage]",
             "aliases": ["model_name_or_path"],
-        }
+        },
     )
     recipe: str = field(default_factory=naming.default_recipe, metadata={"help": "whose stages are meant"})
     system: str | None = field(default=None, metadata={"help": "system message"})
@@ -70,7 +72,7 @@ def check(args: ChatArguments) -> Place:
     if not 0 <= args.temperature < float("inf"):
         faults.append(f"--temperature must be 0 (greedy) or more, not {args.temperature}")
     try:
-        place = naming.find(args.model, args.recipe, "--model")
+        place = naming.find(args.model or naming.newest(args.recipe, 1)[0], args.recipe, "--model")
     except UserError as error:
         faults.append(str(error))
     if faults:

@@ -10,13 +10,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from show_status import TRAINING, is_running, read_progress, stages_of
+from stagecraft.processes import in_the_foreground
 
 FIRST_BYTES = 4000  # of a log that was there already
 PAUSE = 0.5  # seconds between two looks
@@ -81,24 +80,6 @@ def newest_log(recipe: str, stage: str | None) -> Path | None:
             running = is_running(folder, read_progress(folder / "logs" / "progress.jsonl"))
             logs.append((running, path.stat().st_mtime, path))
     return max(logs)[2] if logs else None
-
-
-@contextlib.contextmanager
-def in_the_foreground() -> Iterator[None]:
-    """Ctrl-C is for this process alone and ends it well: Make, in another group, doesn't get it and sees status 0."""
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
-    group, terminal = os.getpgrp(), sys.stdin.isatty() and os.tcgetpgrp(0) == os.getpgrp()
-    if terminal:
-        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-        os.setpgid(0, 0)
-        os.tcsetpgrp(0, os.getpgrp())
-    try:
-        yield
-    except BrokenPipeError:
-        os._exit(0)
-    finally:
-        if terminal:
-            os.tcsetpgrp(0, group)
 
 
 if __name__ == "__main__":

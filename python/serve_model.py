@@ -16,9 +16,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from follow_log import in_the_foreground
 from stagecraft import files
 from stagecraft.errors import UserError, run_main
+from stagecraft.processes import in_the_foreground
 from stagecraft.serving import engines
 from stagecraft.serving.chain import Chain, find_chain
 from stagecraft.serving.choice import Served, choose

@@ -21,13 +21,15 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from stagecraft import naming
 from stagecraft.arguments import DTYPES, parse
 from stagecraft.errors import UserError, run_main
 from stagecraft.places import Place
-from stagecraft.talk import naming, sources
+from stagecraft.talk import sources
 from stagecraft.talk.appending import check_file
 
 USER = "stagecraft"
+MOST = 4  # answers side by side; more are not read
 
 
 @dataclass
@@ -122,7 +124,7 @@ def check(args: WebArguments) -> list[Place]:
         lambda: check_port(args.host, args.port),
         lambda: check_file(Path(args.votes_file), "dpo", "--votes_file"),
         lambda: found.extend(
-            naming.find_all(args.models or naming.newest(args.recipe, 2), args.recipe, "--models")
+            naming.find_all(args.models or naming.newest(args.recipe, 2), args.recipe, "--models", MOST)
         ),
     ):
         try:

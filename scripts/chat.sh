@@ -7,14 +7,10 @@
 #   MODEL=sft scripts/chat.sh                             a stage; or BASE+ADAPTER, two folders
 set -euo pipefail
 cd "$(dirname "$0")/.."
-case ${MODEL:-} in
-  http://* | https://* | *+* | base | pt | sft | rm | dpo | ppo) model=$MODEL ;; # chat.py knows, and says it in a line
-  *) model=$(scripts/find_model.sh) ;;
-esac
 python=${PYTHON:-.venv/bin/python}
 if ! command -v "$python" >/dev/null; then
   echo "$python: no Python there; run: make setup (or set PYTHON)" >&2
   exit 2
 fi
 if [[ -n ${GPUS:-} ]]; then export CUDA_VISIBLE_DEVICES=$GPUS; fi
-exec "$python" python/chat.py --model "$model" "$@"
+exec "$python" python/chat.py ${MODEL:+--model "$MODEL"} "$@"

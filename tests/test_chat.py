@@ -22,10 +22,10 @@ from typing import Any
 import pytest
 
 from speakers import teach
-from stagecraft import generation, models
+from stagecraft import generation, models, naming
 from stagecraft.errors import UserError
 from stagecraft.places import Place, read_place
-from stagecraft.talk import appending, naming, sources
+from stagecraft.talk import appending, sources
 
 ROOT = Path(__file__).resolve().parents[1]
 COLD = "感冒怎么办？"
@@ -157,6 +157,8 @@ def test_every_wrong_place_is_one_line(
         Path(f"outputs-{stage}/tiny/DONE").touch()
         os.utime(f"outputs-{stage}/tiny/DONE", (seconds, seconds))
     assert naming.newest("tiny", 2) == ["sft", "dpo"] and naming.newest("tiny", 1) == ["sft"]
+    os.utime("outputs-dpo/tiny/DONE", (300, 300))  # of equal times the later stage wins
+    assert naming.newest("tiny", 1) == ["dpo"]
     found = naming.find_all(["sft", "x=outputs-dpo/tiny/model", "http://127.0.0.1:1/v1#m/last"], "tiny", "-m")
     assert [place.name for place in found] == ["sft", "x", "last"]
     assert found[0].path == "outputs-sft/tiny/model"
@@ -172,7 +174,7 @@ def test_every_wrong_place_is_one_line(
             naming.find(word, "tiny", "--model")
         assert str(told.value).startswith(f"--model {word}") and reason in str(told.value)
     with pytest.raises(UserError) as told:
-        naming.find_all(["sft", "dpo", "sft", "base", "rm"], "tiny", "--models")
+        naming.find_all(["sft", "dpo", "sft", "base", "rm"], "tiny", "--models", most=4)
     lines = str(told.value).splitlines()
     assert lines[0] == "--models: 5 models; 4 answers side by side are the most"
     assert len(lines) == 3 and lines[2] == "--models: 2 models are called sft; name them: NAME=PLACE"

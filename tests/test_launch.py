@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -208,25 +207,6 @@ def test_a_merge_wants_a_stage(kit: Kit):
     assert kit.refuse("run_merge.sh", "eval") == [
         'usage: scripts/run_merge.sh STAGE (pt, sft, rm, dpo or ppo), not "eval"'
     ]
-
-
-# ---- find_model.sh
-
-
-def test_the_newest_finished_model_is_chosen_and_never_the_reward_model(kit: Kit):
-    for age, stage in enumerate(("rm", "dpo", "sft", "base")):
-        marker = kit.folder / f"outputs-{stage}/tiny/DONE"
-        marker.parent.mkdir(parents=True)
-        marker.touch()
-        os.utime(marker, (time.time() - 60 * age,) * 2)
-    find = f"{kit.folder}/scripts/find_model.sh"
-    assert kit.run(find).stdout == "outputs-dpo/tiny/model\n"
-    (kit.folder / "outputs-sft/tiny/DONE").touch()
-    assert kit.run(find).stdout == "outputs-sft/tiny/model\n"
-    same = (time.time(),) * 2
-    for stage in ("dpo", "sft"):
-        os.utime(kit.folder / f"outputs-{stage}/tiny/DONE", same)
-    assert kit.run(find).stdout == "outputs-dpo/tiny/model\n"
 
 
 # ---- train_all.sh

@@ -1,4 +1,4 @@
-"""How helper processes end, and what they leave."""
+"""How processes end, and what they leave. Needs the standard library only."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import ctypes
 import os
 import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -24,3 +26,21 @@ def is_held(file: Path) -> bool:
             if os.readlink(descriptor) == wanted:
                 return True
     return False
+
+
+@contextlib.contextmanager
+def in_the_foreground() -> Iterator[None]:
+    """Ctrl-C is for this process alone and ends it well: Make, in another group, doesn't get it and sees status 0."""
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
+    group, terminal = os.getpgrp(), sys.stdin.isatty() and os.tcgetpgrp(0) == os.getpgrp()
+    if terminal:
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+        os.setpgid(0, 0)
+        os.tcsetpgrp(0, os.getpgrp())
+    try:
+        yield
+    except BrokenPipeError:
+        os._exit(0)
+    finally:
+        if terminal:
+            os.tcsetpgrp(0, group)

@@ -157,7 +157,10 @@ def bench(run_script: Any, folder: Path, model: Path, *flags: str) -> Any:
             ["--tasks", "mmlu", "--limit", "0", "--include_path", "x"],
             ["--limit must be", "--include_path x: no such"],
         ),
-        (["--tasks", ",", "--num_fewshot", "-1"], ["--tasks: name at least one", "--num_fewshot must be"]),
+        (
+            ["--tasks", ",", "--num_fewshot", "-1"],
+            ["TASKS is empty: name benchmarks", "--num_fewshot must be"],
+        ),
         (["--tasks", "stagecraft_choices,arc_easy"], ["arc_easy: its data can't be loaded", "HF_ENDPOINT"]),
     ],
 )

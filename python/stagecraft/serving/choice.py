@@ -10,8 +10,8 @@ from pathlib import Path
 
 from stagecraft import generation
 from stagecraft.errors import UserError
+from stagecraft.naming import STAGES, finished, marker, newest
 
-STAGES = ("base", "pt", "sft", "dpo", "ppo")  # in their order; a reward model writes no text
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -30,40 +30,28 @@ def choose(recipe: str, stage: str, model: str, faults: list[str]) -> list[Serve
         return []
     if model:
         return _usable([Served(name_of(Path(model)), Path(model))], f"MODEL={model}", faults)
-    finished = [name for name in STAGES if marker(recipe, name).exists()]
     if stage in ("", "all"):
-        if not finished:
-            faults.append(
-                f"RECIPE={recipe}: no finished model yet; run: make sft RECIPE={recipe}, or name a model: MODEL=FOLDER"
-            )
+        try:
+            chosen = newest(recipe, len(STAGES) if stage else 1)
+        except UserError as error:
+            faults.append(str(error))
             return []
-        if not stage:  # of equal times the later stage wins
-            finished = [max(finished, key=lambda name: (_time(recipe, name), STAGES.index(name)))]
     elif stage == "rm":
         faults.append("STAGE=rm: a reward model scores answers and gives none; serve another stage")
         return []
     elif stage not in STAGES:
         faults.append(f"STAGE={stage}: must be all, {', '.join(STAGES[:-1])} or {STAGES[-1]}")
         return []
-    elif stage not in finished:
+    elif stage not in finished(recipe):
         faults.append(
             f"STAGE={stage} RECIPE={recipe}: not finished (no {marker(recipe, stage)}); run: make {stage} RECIPE={recipe}"
         )
         return []
     else:
-        finished = [stage]
+        chosen = [stage]
     return _usable(
-        [Served(name, marker(recipe, name).with_name("model")) for name in finished], "model", faults
+        [Served(name, marker(recipe, name).with_name("model")) for name in chosen], "model", faults
     )
-
-
-def marker(recipe: str, stage: str) -> Path:
-    """The file that says a stage is finished."""
-    return Path(f"outputs-{stage}") / recipe / "DONE"
-
-
-def _time(recipe: str, stage: str) -> float:
-    return marker(recipe, stage).stat().st_mtime
 
 
 def name_of(folder: Path) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from stagecraft import naming
 from stagecraft.data import forms, rows
 from stagecraft.data.rows import Message
 from stagecraft.errors import UserError
-from stagecraft.talk import naming
 from stagecraft.talk.appending import append_rows, check_file
 from stagecraft.talk.sources import CUT, LIMIT, Source
 

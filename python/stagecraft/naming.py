@@ -11,7 +11,6 @@ from stagecraft.places import Place, parted, read_place
 from stagecraft.remote import is_url
 
 STAGES = ("base", "pt", "sft", "dpo", "ppo")  # in the order of the pipeline; a reward model writes no text
-MOST = 4  # answers side by side; more are not read
 
 
 def default_recipe() -> str:
@@ -19,9 +18,14 @@ def default_recipe() -> str:
     return os.environ.get("RECIPE") or "tiny"
 
 
+def marker(recipe: str, stage: str) -> Path:
+    """The file that says a stage's model is complete."""
+    return Path(f"outputs-{stage}") / recipe / "DONE"
+
+
 def finished(recipe: str) -> list[str]:
     """Stages of the recipe whose model is complete, in the order of the pipeline."""
-    return [stage for stage in STAGES if Path(f"outputs-{stage}", recipe, "DONE").exists()]
+    return [stage for stage in STAGES if marker(recipe, stage).exists()]
 
 
 def newest(recipe: str, count: int) -> list[str]:
@@ -29,10 +33,9 @@ def newest(recipe: str, count: int) -> list[str]:
     there = finished(recipe)
     if not there:
         raise UserError(
-            f"RECIPE={recipe}: no finished model yet; run: make sft RECIPE={recipe}, or name models: "
-            'MODELS="FOLDER FOLDER"'
+            f"RECIPE={recipe}: no finished model yet; run: make sft RECIPE={recipe}, or name a model: MODEL=FOLDER"
         )
-    when = {stage: Path(f"outputs-{stage}", recipe, "DONE").stat().st_mtime_ns for stage in there}
+    when = {stage: marker(recipe, stage).stat().st_mtime_ns for stage in there}
     chosen = sorted(there, key=lambda stage: (when[stage], STAGES.index(stage)))[-count:]
     return [stage for stage in STAGES if stage in chosen]
 
@@ -53,11 +56,11 @@ def find(word: str, recipe: str, flag: str) -> Place:
     return read_place(name or _folder_name(path, flag), path, flag, merged=True)
 
 
-def find_all(words: list[str], recipe: str, flag: str) -> list[Place]:
-    """One to MOST places, no two of one name. Raises UserError with the faults of all of them."""
+def find_all(words: list[str], recipe: str, flag: str, most: int | None = None) -> list[Place]:
+    """The places of several words, no two of one name. Raises UserError with the faults of all of them."""
     faults, found = [], []
-    if len(words) > MOST:
-        faults.append(f"{flag}: {len(words)} models; {MOST} answers side by side are the most")
+    if most and len(words) > most:
+        faults.append(f"{flag}: {len(words)} models; {most} answers side by side are the most")
     for word in words:
         try:
             found.append(find(word, recipe, flag))
