@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,6 @@ from stagecraft import models
 from stagecraft.console import settle_libraries
 from stagecraft.data.rows import Message
 from stagecraft.errors import UserError
-from stagecraft.evaluation.results import Likelihood, Reply
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,24 @@ MAX_WINDOW = 2048
 # cost nothing where all replies are equally long; 302 replies of 1 to 40 tokens took .88 s instead of 1.13.
 TOGETHER = 16
 INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """What a model thinks of a text. nats: log-probability of its tokens, summed; end: of the end of turn after it."""
+
+    nats: float
+    tokens: int
+    end: float = 0.0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A greedy reply. tokens: how many were written, a stop token not counted; stopped: by itself, not at the limit."""
+
+    text: str
+    tokens: int
+    stopped: bool
 
 
 def require_usable(path: str, flag: str, reward: bool = False, tokenizer_path: str | None = None) -> None:

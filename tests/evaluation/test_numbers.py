@@ -10,8 +10,9 @@ import pytest
 from stagecraft.data.rows import Document, Preference
 from stagecraft.errors import UserError
 from stagecraft.evaluation import metrics, statistics, text
-from stagecraft.evaluation.results import MEASURES, Likelihood, Reply, Scores
+from stagecraft.evaluation.results import MEASURES, Scores
 from stagecraft.evaluation.sets import Choice, EvalSets, Question, read_eval_sets
+from stagecraft.generation import Likelihood, Reply
 
 ASKED = [{"role": "user", "content": "why?"}]
 SETS = EvalSets(

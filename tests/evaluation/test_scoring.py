@@ -9,8 +9,8 @@ import torch
 from stagecraft import generation
 from stagecraft.errors import UserError
 from stagecraft.evaluation.kept import Kept, key_of
-from stagecraft.evaluation.results import Reply
 from stagecraft.evaluation.sets import read_eval_sets
+from stagecraft.generation import Reply
 
 TEXT = (
     "rest at home, drink water, see a doctor when fever lasts. 发烧时多喝水，注意休息。高烧三天不退要去医院。"

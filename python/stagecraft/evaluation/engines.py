@@ -18,8 +18,7 @@ from typing import Any
 from stagecraft import generation, models, places
 from stagecraft.data.rows import Message
 from stagecraft.errors import UserError
-from stagecraft.evaluation.results import Likelihood, Reply
-from stagecraft.generation import Keep, Progress
+from stagecraft.generation import Keep, Likelihood, Progress, Reply
 from stagecraft.manifest import gpus
 from stagecraft.places import Place
 from stagecraft.remote import PATIENCE, connect, refusals

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from stagecraft.errors import UserError
 from stagecraft.evaluation import statistics, text
-from stagecraft.evaluation.results import MEASURES, Comparison, Likelihood, Metric, Reply, Scores
+from stagecraft.evaluation.results import MEASURES, Comparison, Metric, Scores
 from stagecraft.evaluation.sets import EvalSets, Question
+from stagecraft.generation import Likelihood, Reply
 
 if TYPE_CHECKING:
     import numpy as np

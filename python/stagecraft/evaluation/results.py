@@ -5,23 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Likelihood:
-    """What a model thinks of a text. nats: log-probability of its tokens, summed; end: of the end of turn after it."""
-
-    nats: float
-    tokens: int
-    end: float = 0.0
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A greedy reply. tokens: how many were written, a stop token not counted; stopped: by itself, not at the limit."""
-
-    text: str
-    tokens: int
-    stopped: bool
+from stagecraft.generation import Likelihood, Reply
 
 
 @dataclass

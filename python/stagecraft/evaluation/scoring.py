@@ -13,10 +13,10 @@ from typing import Any
 from stagecraft import generation, models
 from stagecraft.evaluation.engines import Model, Settings, open_model
 from stagecraft.evaluation.kept import Kept, Task, key_of
-from stagecraft.evaluation.results import Likelihood, Reply, Scores
+from stagecraft.evaluation.results import Scores
 from stagecraft.evaluation.sets import EvalSets
 from stagecraft.evaluation.subjects import REWARD, fingerprint_of
-from stagecraft.generation import Keep, Progress
+from stagecraft.generation import Keep, Likelihood, Progress, Reply
 from stagecraft.places import Place
 
 # What measures a task, given what keeps its batches and whom to tell of the progress.
