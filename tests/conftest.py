@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from documents import DOCUMENTS
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "python"))
 # Before any library is imported: nothing is fetched, and small models gain nothing from threads.
@@ -23,17 +25,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # `make test` is not the parent of the makes that tests start: they'd print where they enter and leave.
 for _name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES"):
     os.environ.pop(_name, None)
-
-SIGNS = ["fever", "a cough", "a sore throat", "back pain", "头痛", "咳嗽", "发烧", "牙痛", "失眠", "a rash"]
-ADVICE = [
-    "Rest at home and drink water.",
-    "See a doctor when it lasts.",
-    "多喝水，注意休息。",
-    "三天不退要去医院。",
-]
-DOCUMENTS = [f"Someone has {sign}. {advice}" for sign in SIGNS for advice in ADVICE] + [
-    f"问：{sign}怎么办？答：{advice}\n\n{advice}" for sign in SIGNS for advice in ADVICE[2:]
-]  # the blank lines make two line ends one token, as in most tokenizers
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import json
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from conftest import DOCUMENTS
+from documents import DOCUMENTS
 
 if TYPE_CHECKING:
     from stagecraft.chat.templates import Encoded

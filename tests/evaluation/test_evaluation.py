@@ -20,7 +20,7 @@ import pytest
 
 import running
 from adapters import causal, classifier, make_adapter
-from conftest import DOCUMENTS
+from documents import DOCUMENTS
 from stagecraft import places
 from stagecraft.errors import UserError
 from stagecraft.evaluation import from_config, subjects
