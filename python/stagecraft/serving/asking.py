@@ -38,10 +38,14 @@ class Server:
 
 def connect(url: str, name: str) -> Server:
     """Raises UserError where nobody answers, or this model is not served there."""
+    import openai
+
     client, name = remote.connect(f"{url}#{name}" if name else url, "--server")
-    with remote.refusals(url, "--server"):
-        model = next(found for found in client.models.list() if found.id == name)
-    return Server(client, url, name, model.owned_by == "vllm")
+    try:
+        is_vllm = any(model.id == name and model.owned_by == "vllm" for model in client.models.list())
+    except openai.InternalServerError:  # a bare `transformers serve`, where the hub's cache is empty
+        is_vllm = False
+    return Server(client, url, name, is_vllm)
 
 
 def served_names(url: str) -> list[str]:
