@@ -516,7 +516,7 @@ def test_validation_documents_are_other_documents(write_jsonl, tokenizer):
     data = dataclasses.replace(documents(path), validation_split_percentage=25)
     loaded = corpus.load_documents(data, tokenizer)
     parts = [
-        tokenizer.decode(ids_of(part)[0]).split("<|endoftext|>")[:-1] for part in (loaded.train, loaded.valid)
+        tokenizer.decode(ids_of(part)[0]).split("<|im_end|>")[:-1] for part in (loaded.train, loaded.valid)
     ]
     assert (len(parts[0]), len(parts[1])) == (30, 10)
     assert {*parts[0], *parts[1]} == {f"document {i}" for i in range(40)}
@@ -597,8 +597,8 @@ def test_the_same_bytes_under_another_suffix_are_other_rows(write_jsonl, tokeniz
     lines = [{"text": f"document {i}"} for i in range(5)]
     as_text = corpus.load_documents(documents(write_jsonl("a/rows.txt", lines).parent), tokenizer)
     as_rows = corpus.load_documents(documents(write_jsonl("b/rows.jsonl", lines).parent), tokenizer)
-    assert tokenizer.decode(as_text.train[0]["input_ids"]).startswith('{"text": "document 0"}<|endoftext|>')
-    assert tokenizer.decode(as_rows.train[0]["input_ids"]).startswith("document 0<|endoftext|>")
+    assert tokenizer.decode(as_text.train[0]["input_ids"]).startswith('{"text": "document 0"}<|im_end|>')
+    assert tokenizer.decode(as_rows.train[0]["input_ids"]).startswith("document 0<|im_end|>")
 
 
 def test_a_cache_that_was_cut_off_is_made_anew(write_jsonl, counted, tokenizer, template, tmp_path):

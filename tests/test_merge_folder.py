@@ -171,8 +171,9 @@ def ends(folder: Path) -> list[int]:
 @pytest.mark.parametrize("kept", ["both", "base", "neither"])
 def test_generation_ends_where_a_turn_ends(own_base, own_adapter, tokenizer, tmp_path, kept):
     """Said in the adapter's generation_config.json, or in the base's without it, or only by the template."""
+    tokenizer.eos_token = "<|im_start|>"  # another one than ends a turn, as in Qwen's base models
     tokenizer.save_pretrained(own_adapter)
-    turn, text = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    turn, text = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])
     (own_base / "generation_config.json").write_text(json.dumps({"eos_token_id": text, "temperature": 0.9}))
     (own_adapter / "generation_config.json").write_text(
         json.dumps({"eos_token_id": [turn, text], "top_k": 9})

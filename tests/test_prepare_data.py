@@ -257,7 +257,7 @@ def test_every_stage_has_its_preview(shown, write_jsonl, tiny_base):
     assert lines[-1].endswith("the answers' log-probabilities are compared")
     assert shown(f"rm={pair}", "--tokenizer", tiny_base)[-1].endswith("scores each answer at its last token")
     document = write_jsonl("b.jsonl", [{"text": "one\ntwo"}])
-    assert shown(document, "--tokenizer", tiny_base)[2:4] == ["⟦one", "two<|endoftext|>⟧"]
+    assert shown(document, "--tokenizer", tiny_base)[2:4] == ["⟦one", "two<|im_end|>⟧"]
     assert shown(document)[2:4] == ["⟦one", "two⟧"]
     choice = write_jsonl("c.jsonl", [{"question": "q", "options": ["x", "y"], "answer": "B", "uuid": "u-7"}])
     lines = shown(choice, "--template_name", "chatml")
