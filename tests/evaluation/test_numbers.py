@@ -91,6 +91,7 @@ def test_every_metric_by_hand():
         ("implicit_margin", None): (0.1 * ((-1 - -3) + (1 - 0)) / 2, 2, None),
         ("reward_win_rate", None): (0.75, 2, 0.5),  # a tie and a win
         ("stops_by_itself", None): (3 / 4, 4, None),
+        ("end_of_turn", None): ((math.exp(-1.0) + math.exp(-0.5)) / 2, 2, None),
         ("repetition", None): ((2 / 4) / 4, 4, None),  # rest and rest and, and rest and rest, each twice
         ("reply_tokens", None): (5.0, 4, None),
         ("tokens_per_second", None): (20.0, 2, None),
@@ -106,8 +107,13 @@ def test_only_what_was_scored_is_told():
     assert metrics.measured("m", Scores(), SETS) == []
     assert metrics.compared("m", Scores(), "base", Scores(), SETS) == []
     scores = Scores(preferences=all_scores().preferences, rewards=[1.0, 2.0])
-    assert {one.metric for one in metrics.measured("m", scores, SETS)} == {"preference_accuracy"}
-    assert {one.metric for one in metrics.measured("m", scores, SETS, Scores())} == {"preference_accuracy"}
+    of_pairs = {"preference_accuracy", "end_of_turn"}
+    assert {one.metric for one in metrics.measured("m", scores, SETS)} == of_pairs
+    assert {one.metric for one in metrics.measured("m", scores, SETS, Scores())} == of_pairs
+    endless = Scores(
+        preferences=[(likely(-4.0, 4), likely(-2.0, 1))] * 2
+    )  # a template without an end of turn
+    assert {one.metric for one in metrics.measured("m", endless, SETS)} == {"preference_accuracy"}
     server = Scores(answers=all_scores().answers)
     assert "perplexity" not in {one.metric for one in metrics.measured("m", server, SETS, all_scores())}
     assert "tokens_per_second" not in {one.metric for one in metrics.measured("m", server, SETS)}
@@ -218,7 +224,7 @@ def test_a_better_model_is_told_from_noise():
     assert [name for name, _ in found] == [
         name for name in MEASURES if name not in ("reward_accuracy", "tokens_per_second")
     ]
-    silent = {"reply_tokens", "repetition"}
+    silent = {"reply_tokens", "repetition", "end_of_turn"}
     assert {one.verdict for (name, _), one in found.items() if name not in silent} == {"better"}
     values = [by_name(metrics.measured("m", scores, sets, weak)) for scores in (strong, weak)]
     for name, one in found.items():

@@ -89,7 +89,7 @@ def test_the_table_the_curves_and_the_answers_are_there(folder, chromium):
     with browser.opened(folder / "ordinary" / "report.html", browser=chromium) as opened:
         heads = opened.locator("table.numbers thead th").all_inner_texts()
         assert heads == ["metric", "base", "pt", "sft", "dpo"]
-        assert opened.locator("table.numbers tbody tr").count() == 16
+        assert opened.locator("table.numbers tbody tr").count() == 17
         assert opened.locator("table.numbers tbody td .value").count() == 4 * 16
         row = opened.locator("table.numbers tbody tr").nth(2)
         assert row.locator("summary").inner_text() == "answers: right"

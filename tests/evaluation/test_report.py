@@ -122,7 +122,7 @@ def test_four_models_and_every_metric_fit_a_screen():
     for pair in ("pt", "sft", "dpo"):
         assert len([line for line in lines if line.startswith(pair)]) == 1
     # Control: with a line for each there are more.
-    assert len(outcomes.every_metric(["base", "pt", "sft", "dpo"]).comparisons) == 3 * 16
+    assert len(outcomes.every_metric(["base", "pt", "sft", "dpo"]).comparisons) == 3 * 17
 
 
 def test_columns_of_differences_line_up_with_wide_names_too():

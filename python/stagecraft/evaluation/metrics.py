@@ -146,6 +146,7 @@ def _views(
         "implicit_margin": partial(_implicit_margin, model, scores, before, beta),
         "reward_win_rate": partial(_reward_win_rate, model, scores, before),
         "stops_by_itself": partial(_stops, scores),
+        "end_of_turn": partial(_end_of_turn, model, scores),
         "repetition": partial(_of_answers, "repetition", scores, lambda reply: text.repetition(reply.text)),
         "reply_tokens": partial(_of_answers, "reply_tokens", scores, lambda reply: reply.tokens),
         "tokens_per_second": partial(_speed, scores),
@@ -240,6 +241,13 @@ def _reward_win_rate(model: str, scores: Scores, before: Scores | None) -> Itera
 def _stops(scores: Scores) -> Iterator[View]:
     if scores.answers:
         yield _share("stops_by_itself", [reply.stopped for reply in scores.answers])
+
+
+def _end_of_turn(model: str, scores: Scores) -> Iterator[View]:
+    ends = [chosen.end for chosen, _ in scores.preferences or []]
+    if any(ends):  # none: a template without such a token
+        _require_finite(model, "end_of_turn", ends)
+        yield _mean("end_of_turn", map(math.exp, ends))
 
 
 def _of_answers(metric: str, scores: Scores, number: Callable[[Reply], float]) -> Iterator[View]:

@@ -183,6 +183,13 @@ MEASURES = {
         3,
         "share of replies that end with a stop token rather than at the limit.",
     ),
+    "end_of_turn": Measure(
+        "ends its turn",
+        "higher",
+        3,
+        "probability of the end of turn right after the chosen answers of held-out pairs, mean. Where it is low a model "
+        "may stop when it is greedy and run on when it is sampled, which is what servers do unless told otherwise.",
+    ),
     "repetition": Measure(
         "repetition",
         "lower",
