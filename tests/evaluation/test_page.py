@@ -90,7 +90,7 @@ def test_the_table_the_curves_and_the_answers_are_there(folder, chromium):
         heads = opened.locator("table.numbers thead th").all_inner_texts()
         assert heads == ["metric", "base", "pt", "sft", "dpo"]
         assert opened.locator("table.numbers tbody tr").count() == 17
-        assert opened.locator("table.numbers tbody td .value").count() == 4 * 16
+        assert opened.locator("table.numbers tbody td .value").count() == 4 * 17
         row = opened.locator("table.numbers tbody tr").nth(2)
         assert row.locator("summary").inner_text() == "answers: right"
         marks = row.locator(".sign").all_inner_texts()
