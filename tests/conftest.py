@@ -22,8 +22,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# `make test` is not the parent of the makes that tests start: they'd print where they enter and leave.
-for _name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES"):
+# `make test` is not the parent of the makes that tests start: they'd print where they enter and leave. Nor do its
+# variables mean the models of the tests.
+for _name in (
+    "MAKEFLAGS",
+    "MAKELEVEL",
+    "MFLAGS",
+    "MAKEOVERRIDES",
+    "RECIPE",
+    "STAGE",
+    "STAGES",
+    "MODEL",
+    "MODELS",
+):
     os.environ.pop(_name, None)
 
 

@@ -27,7 +27,8 @@ from stagecraft.errors import UserError
 from stagecraft.flags import Words, trainer_flags
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = sorted(path.name for path in (ROOT / "python").glob("*.py"))
+# Without serve_model.py, whose flags are the engine's (tests/serving).
+SCRIPTS = sorted({path.name for path in (ROOT / "python").glob("*.py")} - {"serve_model.py"})
 STAGES = {
     "transformers": SFTDataArguments,
     "reward": PreferenceDataArguments,

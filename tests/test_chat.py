@@ -182,6 +182,15 @@ def test_every_wrong_place_is_one_line(
         naming.newest("other", 2)
 
 
+def test_without_a_model_it_says_how_to_get_one(run_script: Any, tmp_path: Path) -> None:
+    done = run_script("chat.py", input="x", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "",
+        "RECIPE=tiny: no finished model yet; run: make sft RECIPE=tiny, or name a model: MODEL=FOLDER\n",
+    )
+
+
 def test_wrong_flags_are_told_together_and_before_torch(run_script: Any, tmp_path: Path) -> None:
     began = time.monotonic()
     done = run_script(

@@ -285,7 +285,7 @@ def reply_logprobs(
     words = [len(row) - len(ending) - start for row, start in zip(rows, starts, strict=True)]
 
     def compute(batch: list[int]) -> list[Any]:
-        scores = _batch_logprobs(model, [rows[i] for i in batch], [starts[i] for i in batch])
+        scores = token_logprobs(model, [rows[i] for i in batch], [starts[i] for i in batch])
         return [
             (float(found[: words[i]].double().sum()), words[i], float(found[words[i] :].double().sum()))
             for i, found in zip(batch, scores, strict=True)
@@ -319,7 +319,7 @@ def document_logprobs(
             owners.append(owner)
 
     def compute(batch: list[int]) -> list[Any]:
-        scores = _batch_logprobs(model, [windows[i] for i in batch], [1] * len(batch))
+        scores = token_logprobs(model, [windows[i] for i in batch], [1] * len(batch))
         return [(float(found.double().sum()), len(found)) for found in scores]
 
     batches = _batches(windows, batch_size, model.config.get_text_config().vocab_size)
@@ -329,8 +329,8 @@ def document_logprobs(
     return [Likelihood(nats, count) for nats, count in totals]
 
 
-def _batch_logprobs(model: PreTrainedModel, rows: list[list[int]], starts: list[int]) -> list[torch.Tensor]:
-    """Log-probability (nats, float32, on the CPU) of each row's tokens from its start (1 or later) to its end.
+def token_logprobs(model: PreTrainedModel, rows: list[list[int]], starts: list[int]) -> list[torch.Tensor]:
+    """Log-probability (nats, float32, on the CPU) of each row's tokens from its start (1 or later) to its end; one batch.
 
     Logits are made from the batch's first scored position on, not for the prompts.
     """

@@ -306,6 +306,6 @@ def read_exactly(pairs: list[Pair], model: Any, dtype: str) -> None:
     for rounded in (False, True):
         if rounded:
             model.to(getattr(torch, dtype)).float()
-        scores = generation.token_logprobs(model, rows, starts)
-        for pair, score in zip(pairs, scores, strict=True):
+        for pair, row, start in zip(pairs, rows, starts, strict=True):
+            [score] = generation.token_logprobs(model, [row], [start])
             pair.exact.append(score.tolist())
