@@ -43,9 +43,10 @@ def choose(recipe: str, stage: str, model: str, faults: list[str]) -> list[Serve
         faults.append(f"STAGE={stage}: must be all, {', '.join(STAGES[:-1])} or {STAGES[-1]}")
         return []
     elif stage not in finished(recipe):
-        faults.append(
-            f"STAGE={stage} RECIPE={recipe}: not finished (no {marker(recipe, stage)}); run: make {stage} RECIPE={recipe}"
-        )
+        make = (
+            "" if stage == "ppo" else f"; run: make {stage} RECIPE={recipe}"
+        )  # no recipe trains PPO in its chain
+        faults.append(f"STAGE={stage} RECIPE={recipe}: not finished (no {marker(recipe, stage)}){make}")
         return []
     else:
         chosen = [stage]
