@@ -166,11 +166,11 @@ def compare(
             ours = comparing.reference(model, tokenizer, messages, args.max_new_tokens)
             theirs = asking.answer(server, messages, args.max_new_tokens)
             pairs.append(comparing.Pair(messages, ours, theirs))
-    for pair in pairs:
-        comparing.compare(pair, limit, tokenizer)
     if dtype != "float32" and pairs[0].theirs.logprobs and model.num_parameters() <= comparing.MAX_PARAMETERS:
         exact, _ = generation.load(models.load_causal, str(served.folder), "float32", "--model")
         comparing.read_exactly(pairs, exact, dtype)
+    for pair in pairs:
+        comparing.compare(pair, limit, tokenizer)
     checks = [
         comparing.check_template(served.folder),
         comparing.check_prompts(server, pairs, tokenizer),

@@ -27,7 +27,11 @@ class Tokenizer:
 
 
 def pair(
-    tokens: list[int] | None, logprobs: list[float] | None = None, second: float = -3.0, text: str = ""
+    tokens: list[int] | None,
+    logprobs: list[float] | None = None,
+    second: float = -3.0,
+    text: str = "",
+    exact_flip: tuple[float, ...] = (),
 ) -> Pair:
     """transformers says a a a a a with -0.1 each, b is `second`; the server says what is given."""
     rows = torch.full((STEPS, len(WORDS)), -9.0)
@@ -36,7 +40,7 @@ def pair(
     if tokens is not None and logprobs is None:
         logprobs = [float(rows[i][token]) for i, token in enumerate(tokens)]
     theirs = Answer(text, False, 2, len(tokens or text), tokens, logprobs)
-    found = Pair([], ours, theirs)
+    found = Pair([], ours, theirs, exact_flip=list(exact_flip))
     comparing.compare(found, 0.05, Tokenizer())
     return found
 
@@ -56,6 +60,9 @@ def test_a_flip_between_near_ties_is_no_fault_and_one_between_others_is():
     assert check.good is False and "token 3 is 'b' there and 'a' here, 0.11 nats likelier" in check.detail
     apart = pair([1, 1, 2, 1, 1], [-0.1, -0.1, -0.13, -0.1, -0.1], second=-0.19)  # the server's b is 0.06 off
     assert apart.fault and not apart.ties
+    # Its number is explained where float32 reads -0.14: then it is 0.01 beyond.
+    assert pair([1, 1, 2], [-0.1, -0.1, -0.13], second=-0.19, exact_flip=(-0.14, -0.16)).ties
+    assert pair([1, 1, 2], [-0.1, -0.1, -0.13], second=-0.19, exact_flip=(-0.185, -0.2)).fault
 
 
 def test_nothing_but_ties_shows_nothing():

@@ -55,9 +55,18 @@ class Pair:
     ours: Reference
     theirs: asking.Answer
     exact: list[list[float]] = field(default_factory=list)  # float32's readings of our first tokens
+    exact_flip: list[float] = field(
+        default_factory=list
+    )  # and of the server's token where the first one differs
     ties: list[float] = field(default_factory=list)  # by how much the server's other token is less likely
     equal: int = 0
     fault: str = ""
+
+    @property
+    def flip(self) -> int | None:
+        """The place of the first token that differs, of those that are compared and where both have one."""
+        both = zip(self.ours.tokens[:FIRST], self.theirs.tokens or [], strict=False)
+        return next((i for i, (ours, theirs) in enumerate(both) if ours != theirs), None)
 
     def ours_of(self, place: int) -> float:
         """Our log-probability of our own token there."""
@@ -158,7 +167,7 @@ def compare(pair: Pair, limit: float, tokenizer: Any) -> None:
         other = pair.theirs.tokens[i]
         row = pair.ours.logprobs[i]
         if other != token:
-            off = abs((pair.theirs.logprobs or [])[i] - float(row[other]))
+            off = _beyond((pair.theirs.logprobs or [])[i], [float(row[other]), *pair.exact_flip])
             words = tokenizer.decode([other]), tokenizer.decode([token])
             _flip(pair, float(row[token] - row[other]), limit, i, *words, off)
             return
@@ -180,7 +189,7 @@ def _compare_texts(pair: Pair, limit: float, tokenizer: Any) -> None:
 def _flip(
     pair: Pair, gap: float, limit: float, place: int, theirs: str, ours: str, off: float | None = None
 ) -> None:
-    """`off`: how far the numbers of the server's token are apart, where it tells them.
+    """`off`: how far the server's number for its token is beyond transformers' readings of it, where it tells one.
 
     Two tokens that are each within the limit can change places when they are up to two limits apart.
     """
@@ -193,6 +202,11 @@ def _flip(
         f"token {place + 1} is {theirs!r} there and {ours!r} here, {gap:.3g} nats likelier (a tie would be within "
         f"{allowed:g}){number}"
     )
+
+
+def _beyond(theirs: float, readings: list[float]) -> float:
+    """How far a server's log-probability lies outside the span of transformers' readings of it."""
+    return max(min(readings) - theirs, theirs - max(readings), 0.0)
 
 
 def check_tokens(pairs: list[Pair], limit: float) -> Check:
@@ -227,9 +241,8 @@ def check_logprobs(pairs: list[Pair], dtype: str, limit: float) -> Check:
     for pair, i in told:
         theirs = (pair.theirs.logprobs or [])[i]
         here = pair.ours_of(i)
-        readings = [here, *(reading[i] for reading in pair.exact)]
         plain.append(abs(theirs - here))
-        beyond.append(max(min(readings) - theirs, theirs - max(readings), 0.0))
+        beyond.append(_beyond(theirs, [here, *(reading[i] for reading in pair.exact)]))
     detail = f"{len(told)} tokens, at most {max(plain):.2g} from transformers"
     if pairs[0].exact:
         detail += f" in {dtype}, {max(beyond):.2g} beyond what {dtype} and float32 arithmetic give it"
@@ -298,7 +311,10 @@ def check_dtype(pairs: list[Pair], dtype: str) -> Check:
 
 
 def read_exactly(pairs: list[Pair], model: Any, dtype: str) -> None:
-    """Two more readings of each pair's first tokens by a model in float32: its own weights, and those rounded to dtype."""
+    """Two more readings of each pair's first tokens by a model in float32: its own weights, and those rounded to dtype.
+
+    Of the server's token as well, where the first one differs.
+    """
     import torch
 
     rows = [[*pair.ours.ids, *pair.ours.tokens[:FIRST]] for pair in pairs]
@@ -309,3 +325,7 @@ def read_exactly(pairs: list[Pair], model: Any, dtype: str) -> None:
         for pair, row, start in zip(pairs, rows, starts, strict=True):
             [score] = generation.token_logprobs(model, [row], [start])
             pair.exact.append(score.tolist())
+            if (place := pair.flip) is not None:
+                row = [*row[: start + place], (pair.theirs.tokens or [])[place]]
+                [score] = generation.token_logprobs(model, [row], [start + place])
+                pair.exact_flip.append(float(score[0]))
