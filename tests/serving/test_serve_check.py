@@ -40,7 +40,8 @@ def pair(
     if tokens is not None and logprobs is None:
         logprobs = [float(rows[i][token]) for i, token in enumerate(tokens)]
     theirs = Answer(text, False, 2, len(tokens or text), tokens, logprobs)
-    found = Pair([], ours, theirs, exact_flip=list(exact_flip))
+    exact = [[-0.1] * STEPS for _ in exact_flip]
+    found = Pair([], ours, theirs, exact=exact, exact_flip=list(exact_flip))
     comparing.compare(found, 0.05, Tokenizer())
     return found
 
@@ -63,6 +64,9 @@ def test_a_flip_between_near_ties_is_no_fault_and_one_between_others_is():
     # Its number is explained where float32 reads -0.14: then it is 0.01 beyond.
     assert pair([1, 1, 2], [-0.1, -0.1, -0.13], second=-0.19, exact_flip=(-0.14, -0.16)).ties
     assert pair([1, 1, 2], [-0.1, -0.1, -0.13], second=-0.19, exact_flip=(-0.185, -0.2)).fault
+    # 0.15 apart in one reading, 0.08 in another: near enough; 0.12: not.
+    assert pair([1, 1, 2], second=-0.25, exact_flip=(-0.18, -0.3)).ties
+    assert pair([1, 1, 2], second=-0.25, exact_flip=(-0.22, -0.3)).fault
 
 
 def test_nothing_but_ties_shows_nothing():

@@ -169,7 +169,8 @@ def compare(pair: Pair, limit: float, tokenizer: Any) -> None:
         if other != token:
             off = _beyond((pair.theirs.logprobs or [])[i], [float(row[other]), *pair.exact_flip])
             words = tokenizer.decode([other]), tokenizer.decode([token])
-            _flip(pair, float(row[token] - row[other]), limit, i, *words, off)
+            gaps = [reading[i] - flip for reading, flip in zip(pair.exact, pair.exact_flip, strict=True)]
+            _flip(pair, min([float(row[token] - row[other]), *gaps]), limit, i, *words, off)
             return
         pair.equal += 1
 
@@ -191,7 +192,8 @@ def _flip(
 ) -> None:
     """`off`: how far the server's number for its token is beyond transformers' readings of it, where it tells one.
 
-    Two tokens that are each within the limit can change places when they are up to two limits apart.
+    Two tokens that are each within the limit can change places when they are up to two limits apart, in the reading that
+    holds them nearest (`gap`).
     """
     allowed = limit if off is None else 2 * limit
     if gap <= allowed and (off or 0.0) <= limit:
