@@ -142,7 +142,7 @@ def test_smoothing_of_none_is_the_plain_loss(dpo: Callable[..., Path]) -> None:
 def test_transport_sorts_the_pairs_of_a_batch(dpo: Callable[..., Path]) -> None:
     """Sorting changes nothing while all ratios are zero, and then each of the three goes its own way."""
     found = [
-        losses(dpo(loss_type=loss, per_device_train_batch_size=8))
+        losses(dpo(loss_type=loss, per_device_train_batch_size=8, learning_rate=2e-2))
         for loss in ("sigmoid", "aot", "aot_unpaired")
     ]
     assert [values[0] for values in found] == pytest.approx([LN2] * 3, rel=1e-3)

@@ -27,7 +27,14 @@ from stagecraft.evaluation import from_config, subjects
 
 SCRIPT = "evaluate_model.py"
 TOLD = ("perplexity", "bits_per_byte", "answer_accuracy", "choice_accuracy", "preference_accuracy")
-LIKELIHOODS = {"perplexity", "bits_per_byte", "choice_accuracy", "preference_accuracy", "implicit_margin"}
+LIKELIHOODS = {
+    "perplexity",
+    "bits_per_byte",
+    "choice_accuracy",
+    "preference_accuracy",
+    "end_of_turn",
+    "implicit_margin",
+}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -40,7 +40,7 @@ REFUSED = [
     ({"STAGE": "rm"}, "STAGE=rm: a reward model scores answers and gives none; serve another stage"),
     (
         {"STAGE": "ppo"},
-        "STAGE=ppo RECIPE=tiny: not finished (no outputs-ppo/tiny/DONE); run: make ppo RECIPE=tiny",
+        "STAGE=ppo RECIPE=tiny: not finished (no outputs-ppo/tiny/DONE)",
     ),
     ({"STAGE": "sft", "MODEL": "x"}, "STAGE=sft and MODEL=x: say one of them"),
     (
