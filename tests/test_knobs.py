@@ -499,7 +499,8 @@ KNOBS = [
     Knob("rm", "disable_dropout", "false", same="first_loss", beside="--lora_dropout 0.5"),
     # DPO
     Knob("dpo", "reference_free", "true", "first_loss"),
-    Knob("dpo", "beta", "0.5", "losses", same="first_loss"),
+    # Beside a live reference, from which the first margins are exactly zero.
+    Knob("dpo", "beta", "0.5", "losses", same="first_loss", beside="--precompute_ref_log_probs false"),
     *(
         Knob("dpo", "loss_type", name, "losses")
         for name in ("hinge", "ipo", "nca_pair", "sppo_hard", "apo_zero", "sft")
@@ -508,7 +509,7 @@ KNOBS = [
     Knob("dpo", "label_smoothing", "0.2", "losses", beside="--loss_type robust"),
     Knob("dpo", "f_divergence_type", "alpha_divergence", "losses", same="first_loss"),
     Knob("dpo", "f_alpha_divergence_coef", "0.9", "losses", beside="--f_divergence_type alpha_divergence"),
-    Knob("dpo", "ld_alpha", "0.1", "losses", same="first_loss"),
+    Knob("dpo", "ld_alpha", "0.1", "losses", same="first_loss", beside="--precompute_ref_log_probs false"),
     Knob("dpo", "use_weighting", "true", "losses"),
     Knob("dpo", "discopop_tau", "5", "losses", beside="--loss_type discopop"),
     Knob("dpo", "disable_dropout", "false", same="first_loss", beside="--lora_dropout 0.5"),
