@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stagecraft.errors import UserError
+from stagecraft.merging.folder import template_of
 from stagecraft.serving.chain import Chain
 from stagecraft.serving.choice import Served, dtype_of, positions
 from stagecraft.serving.settings import DEFAULT_LENGTH, Settings
@@ -91,15 +92,6 @@ def _words_of(last: Served) -> list[str]:
     words = ["--tokenizer", str(last.folder), "--generation-config", str(last.folder)]
     template = last.folder / "chat_template.jinja"
     return [*words, "--chat-template", str(template)] if template.exists() else words
-
-
-def template_of(folder: Path) -> str:
-    """A model folder's chat template."""
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8")
-    found = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
-    return found if isinstance(found, str) else ""
 
 
 def _base_note(chain: Chain) -> list[str]:
